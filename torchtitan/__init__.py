@@ -1,0 +1,3 @@
+"""Autoregressive models of spiking neural activity, trained at scale."""
+
+__version__ = "0.1.0"
