@@ -1,0 +1,159 @@
+"""FSDP2 on several processes gives what one process gives, and what a plain model gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from tests.processes import run_ranks
+from torchtitan.config import JobConfig, load_config
+from torchtitan.distributed.parallelize import init_weights, parallelize
+from torchtitan.distributed.world import accumulation_steps, build_mesh, from_rank_zero, init_world
+from torchtitan.models.llama.attention import choose_attention
+from torchtitan.models.llama.model import Transformer, token_losses
+from torchtitan.models.llama.shape import ModelShape
+
+ARGUMENTS = ["--training.dataset", "synthetic", "--model.n_layers", "2", "--training.mixed_precision_param", "float32"]
+LENGTH = 48
+
+
+def build(config: JobConfig) -> Transformer:
+    with torch.device("meta"):
+        attention = choose_attention("auto", torch.device("cpu"), torch.float32)
+        return Transformer(ModelShape.from_config(config), attention, max_length=LENGTH)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(256, (4, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+
+
+def write_loss_and_gradients(folder: str, argv: list[str]) -> None:
+    """On each rank: a step on its share of four sequences; rank 0 writes the whole loss and gradients."""
+    config = load_config([*ARGUMENTS, *argv])
+    world = init_world(60)
+    model = build(config)
+    parallelize(model, build_mesh(config.training, world), config)
+    init_weights(model, world.device, seed=3)
+    mine = tokens().chunk(world.size)[world.rank]
+    loss = token_losses(model(mine[:, :-1]), mine[:, 1:]).mean()
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    result = {"loss": total / world.size}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.grad, DTensor)
+        result[name.replace("_checkpoint_wrapped_module.", "")] = parameter.grad.full_tensor()
+    if world.rank == 0:
+        torch.save(result, f"{folder}/result.pt")
+    dist.destroy_process_group()
+
+
+def write_weights(folder: str) -> None:
+    """On each rank: the initial weights; rank 0 writes them whole."""
+    config = load_config(ARGUMENTS)
+    world = init_world(60)
+    model = build(config)
+    parallelize(model, build_mesh(config.training, world), config)
+    init_weights(model, world.device, seed=3)
+    weights = {name: p.full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    if world.rank == 0:
+        torch.save(weights, f"{folder}/weights-{world.size}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def initial_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("weights")
+    run_ranks(write_weights, 1, str(folder))
+    return torch.load(folder / "weights-1.pt")
+
+
+@pytest.fixture(scope="module")
+def expected(initial_weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a plain model, without FSDP and without processes."""
+    model = build(load_config(ARGUMENTS)).to_empty(device="cpu")
+    model.init_buffers()
+    model.load_state_dict(initial_weights)
+    loss = token_losses(model(tokens()[:, :-1]), tokens()[:, 1:]).mean()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(
+    initial_weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run_ranks(write_weights, 3, str(tmp_path))
+    sharded = torch.load(tmp_path / "weights-3.pt")
+    assert sharded.keys() == initial_weights.keys()
+    assert all(torch.equal(sharded[name], initial_weights[name]) for name in sharded)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "argv"),
+    [
+        (1, []),
+        (2, []),
+        (2, ["--activation_checkpoint.mode", "full"]),
+        (2, ["--training.data_parallel_replicate_degree", "2"]),
+        (1, ["--training.compile", "--activation_checkpoint.mode", "full"]),
+    ],
+    ids=["one", "FSDP", "recompute", "HSDP", "compiled"],
+)
+def test_loss_and_gradients_are_the_plain_models(
+    expected: dict[str, torch.Tensor], ranks: int, argv: list[str], tmp_path: Path
+) -> None:
+    run_ranks(write_loss_and_gradients, ranks, str(tmp_path), argv)
+    found = torch.load(tmp_path / "result.pt")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def compute_in_bfloat16() -> None:
+    config = load_config(["--training.dataset", "synthetic", "--model.n_layers", "1"])
+    world = init_world(60)
+    model = build(config)
+    parallelize(model, build_mesh(config.training, world), config)
+    init_weights(model, world.device, seed=3)
+    logits = model(tokens()[:, :-1])
+    token_losses(logits, tokens()[:, 1:]).mean().backward()
+    assert logits.dtype == torch.bfloat16
+    assert model.turns.dtype == torch.float32
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+    dist.destroy_process_group()
+
+
+def test_bfloat16_is_for_computing_alone() -> None:
+    run_ranks(compute_in_bfloat16, 1)
+
+
+def refuse() -> None:
+    """What depends on the number of processes is checked on each of them, and what rank 0 finds is raised by all."""
+    world = init_world(60)
+    for argv, message in (
+        (["--training.data_parallel_shard_degree", "3"], "3 is 3, but the run has 2 processes"),
+        (["--training.data_parallel_replicate_degree", "3"], "is 3, but the run has 2 processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_mesh(load_config([*ARGUMENTS, *argv]).training, world)
+    six = load_config([*ARGUMENTS, "--training.batch_size", "2", "--training.global_batch_size", "6"])
+    with pytest.raises(ValueError, match="global_batch_size = 6 is not a multiple of 4"):
+        accumulation_steps(six.training, world)
+
+    def fail() -> None:
+        raise ValueError("found by rank 0")
+
+    with pytest.raises(ValueError, match="found by rank 0"):
+        from_rank_zero(fail)
+    assert from_rank_zero(lambda: world.rank + 7) == 7
+    dist.destroy_process_group()
+
+
+def test_degrees_that_do_not_fit_the_processes() -> None:
+    run_ranks(refuse, 2)

@@ -1,0 +1,69 @@
+"""Starts a model from the weights of another run, of a converted model, or of another program's DCP checkpoint."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from torchtitan.checkpoint import folders
+from torchtitan.checkpoint.state import mismatches, model_tensors, raise_mismatches, stored_tensors
+from torchtitan.config.schema import Checkpoint
+from torchtitan.distributed.world import from_rank_zero
+from torchtitan.logging import logger
+from torchtitan.models.llama.model import Transformer
+
+VOCABULARY_WEIGHTS = ("tok_embeddings.weight", "output.weight")
+
+
+def init_from(model: Transformer, config: Checkpoint) -> Path:
+    """Loads the weights that `checkpoint.init_from` names into the model, and returns the folder they came from.
+
+    Weights may stand under `model.` or bare; a `freqs_cis` buffer is ignored, as is everything beside the weights of a
+    training checkpoint; bf16 and fp16 are widened. Only `checkpoint.init_missing_keys` may be missing.
+
+    Raises:
+        ValueError: listing every weight that is missing, unexpected, of another shape, or would be narrowed, and every
+            other difference between the recorded model and this one.
+    """
+    assert config.init_from is not None
+    given = Path(config.init_from).expanduser()
+    folder = from_rank_zero(lambda: _checkpoint_folder(given))
+    stored = from_rank_zero(lambda: stored_tensors(folder))
+    prefix = "model." if any(name.startswith("model.") for name in stored) else ""
+    stored = {
+        name: entry for name, entry in stored.items() if name.startswith(prefix) and not name.endswith("freqs_cis")
+    }
+
+    weights = {prefix + name.removeprefix("model."): tensor for name, tensor in model_tensors(model).items()}
+    unknown = [key for key in config.init_missing_keys if prefix + key not in weights]
+    if unknown:
+        raise ValueError(f"checkpoint.init_missing_keys names no weights of the model: {', '.join(unknown)}")
+    absent = [key for key in config.init_missing_keys if prefix + key not in stored]
+    for key in absent:
+        del weights[prefix + key]
+
+    record = from_rank_zero(lambda: folders.read_record(folder)) or {}
+    recorded_shape = {"rope_scaling": "none", **record.get("model", {})}
+    if all(key in absent for key in VOCABULARY_WEIGHTS):
+        recorded_shape.pop("vocab_size", None)
+    problems = model.shape.differences(recorded_shape)
+    raise_mismatches(folder, problems + mismatches(weights, stored, widen=True))
+
+    narrow = sorted({str(entry.properties.dtype) for entry in stored.values() if entry} - {str(torch.float32)})
+    dcp.load(weights, storage_reader=FileSystemReader(folder))
+    widened = f", widened from {', '.join(narrow)} to float32" if narrow else ""
+    random = f"; left at their random initial values: {', '.join(absent)}" if absent else ""
+    logger.info(f"starting from the weights in {folder}{widened}{random}")
+    return folder
+
+
+def _checkpoint_folder(given: Path) -> Path:
+    """`given` itself where it is a DCP checkpoint, else the newest step in it."""
+    if (given / ".metadata").is_file():
+        return given
+    steps = folders.complete_steps(given)
+    if steps:
+        return folders.step_folder(given, steps[-1])
+    reason = "holds neither a DCP checkpoint nor steps of one" if given.is_dir() else "no such folder"
+    raise ValueError(f'checkpoint.init_from = "{given}": {reason}')

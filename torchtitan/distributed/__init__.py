@@ -1,0 +1,1 @@
+"""Processes, device mesh, FSDP2 and recomputation."""

@@ -1,0 +1,1 @@
+"""How well a model predicts held-out recordings, and what simple rate models reach on the same tokens."""

@@ -1,0 +1,137 @@
+"""What a logged step reports, and where: console, `metrics.jsonl`, TensorBoard."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from torchtitan.config.schema import Metrics
+from torchtitan.logging import logger
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`.
+
+    Attributes:
+        step: number of the step, the first being 1.
+        loss: mean cross-entropy of the step's global batch, nats a token, BOS included.
+        grad_norm: norm of the gradient before clipping.
+        lr: learning rate of the step.
+        tokens_seen: tokens that all ranks have trained on since step 1.
+        epoch: how often the data has been gone through, a fraction; None where it has no end.
+        tokens_per_second_per_gpu, seconds_per_step: since the last logged step.
+        mfu: FLOP/s over the GPU's peak, by the formula of `torchtitan.flops`; None where the peak is not known.
+        data_wait_share: share of that time spent waiting for the loader.
+        peak_reserved_gib: most memory that PyTorch has reserved on this GPU since the last logged step; None on a CPU.
+        clipped_counts: spike counts clipped since the start of this process, all ranks.
+        seconds_left: estimate for the steps that remain.
+        time: of the report, seconds since 1970.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens_seen: int
+    epoch: float | None
+    tokens_per_second_per_gpu: float
+    seconds_per_step: float
+    mfu: float | None
+    data_wait_share: float
+    peak_reserved_gib: float | None
+    clipped_counts: int
+    seconds_left: float
+    time: float
+
+    def __str__(self) -> str:
+        mfu = "peak unknown" if self.mfu is None else f"{self.mfu:.1%}"
+        memory = "" if self.peak_reserved_gib is None else f"  memory {self.peak_reserved_gib:.1f} GiB"
+        clipped = f"  clipped {self.clipped_counts:,}" if self.clipped_counts else ""
+        return (
+            f"step {self.step:>6}  loss {self.loss:.4f}  grad norm {self.grad_norm:.3f}  lr {self.lr:.2e}  "
+            f"tokens/s/GPU {self.tokens_per_second_per_gpu:,.0f}  MFU {mfu}{memory}  "
+            f"data wait {self.data_wait_share:.1%}  left {timedelta(seconds=round(self.seconds_left))}{clipped}"
+        )
+
+
+class Stopwatch:
+    """Time since the last logged step, and the part of it that was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the interval so far."""
+        return time.perf_counter() - self.start
+
+
+class MetricsWriter:
+    """Writes the reports of rank 0; on other ranks it does nothing.
+
+    A run that goes on from step N drops what was reported after it, so that each step stands in the file once.
+    """
+
+    def __init__(self, config: Metrics, dump_folder: Path, *, rank: int, resumed_step: int) -> None:
+        self.file = self.tensorboard = None
+        if rank != 0:
+            return
+        path = dump_folder / "metrics.jsonl"
+        _drop_after(path, resumed_step)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run lasts
+        if config.enable_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(dump_folder / config.save_tb_folder)
+            self.tensorboard = SummaryWriter(folder, purge_step=resumed_step + 1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Reports one step."""
+        if self.file is None:
+            return
+        logger.info(str(metrics))
+        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        if self.tensorboard is not None:
+            for name, value in asdict(metrics).items():
+                if value is not None and name not in ("step", "time"):
+                    self.tensorboard.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self.file is not None:
+            self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, but for a last one that a kill has cut off."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Leaves the reports up to `step`; by a rename, so that a kill leaves either the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Trains a model: `python train.py --job.config_file FILE [--table.key value …]`; `--help` lists all keys.
+
+On several GPUs: `torchrun --nproc_per_node N train.py …`.
+"""
+
+import os
+import sys
+
+from torchtitan.config import ConfigError, JobConfig, load_config
+from torchtitan.logging import init_logger, logger
+from torchtitan.models.llama.shape import check_shape
+
+
+def main(config: JobConfig) -> None:
+    """Runs the configured training in the processes that were started for it."""
+    # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
+    import torch.distributed as dist
+
+    from torchtitan.distributed.world import first_to_say, init_world
+    from torchtitan.trainer import Trainer
+
+    world = init_world(config.comm.init_timeout_seconds)
+    try:
+        Trainer(config, world).train()
+    except ValueError as error:
+        # What a user can mend needs no trace, and to be said once.
+        if first_to_say(str(error)):
+            logger.error(f"error: {error}")
+        sys.exit(1)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    init_logger()
+    try:
+        config = load_config(sys.argv[1:], checks=[check_shape])
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            logger.error(f"error: {error}")
+        sys.exit(2)
+    main(config)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# sbatch train_primate_8B_131k.sh [--table.key value …]     or, on one machine without Slurm, the same without sbatch.
+# Another configuration: CONFIG_FILE=my.toml sbatch --nodes=2 train_primate_8B_131k.sh
+#SBATCH --job-name=primate-8B-131k
+#SBATCH --nodes=36
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --exclusive
+#SBATCH --time=06:00:00
+#SBATCH --output=slurm-%x-%j.out
+
+# sbatch runs a copy of this file from a folder of its own; what it belongs to is where it was submitted.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+exec scripts/launch.sh "${CONFIG_FILE:-train_configs/primate_8b_131k.toml}" "$@"
