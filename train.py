@@ -8,6 +8,7 @@ import os
 import sys
 
 from torchtitan.config import ConfigError, JobConfig, load_config
+from torchtitan.distributed.degrees import check_degrees
 from torchtitan.logging import init_logger, logger
 from torchtitan.models.llama.shape import check_shape
 
@@ -17,25 +18,24 @@ def main(config: JobConfig) -> None:
     # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
     import torch.distributed as dist
 
-    from torchtitan.distributed.world import first_to_say, init_world
+    from torchtitan.distributed.world import first_to_report, init_world
     from torchtitan.trainer import Trainer
 
-    world = init_world(config.comm.init_timeout_seconds)
     try:
-        Trainer(config, world).train()
+        trainer = Trainer(config, init_world(config.comm.init_timeout_seconds))
     except ValueError as error:
         # What a user can mend needs no trace, and to be said once.
-        if first_to_say(str(error)):
+        if first_to_report(str(error)):
             logger.error(f"error: {error}")
         sys.exit(1)
-    finally:
-        dist.destroy_process_group()
+    trainer.train()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     init_logger()
     try:
-        config = load_config(sys.argv[1:], checks=[check_shape])
+        config = load_config(sys.argv[1:], checks=[check_shape, check_degrees])
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             logger.error(f"error: {error}")

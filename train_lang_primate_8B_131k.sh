@@ -9,6 +9,6 @@
 #SBATCH --time=06:00:00
 #SBATCH --output=slurm-%x-%j.out
 
-# sbatch runs a copy of this file from a folder of its own; what it belongs to is where it was submitted.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+# sbatch runs a copy of this file from a folder of its own; what it belongs to is then where it was submitted.
+[ -f "$(dirname "$0")/scripts/launch.sh" ] && cd "$(dirname "$0")" || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 exec scripts/launch.sh "${CONFIG_FILE:-train_configs/lang_primate_8b_131k.toml}" "$@"

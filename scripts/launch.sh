@@ -24,9 +24,14 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 # Long sequences come close to the memory's limit: segments that can grow leave no gaps between them.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
-# One process a GPU; two where there is none.
-gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$((gpus > 0 ? gpus : 2))}}
+# One process a GPU (torchrun counts those that CUDA_VISIBLE_DEVICES leaves); two where there is none.
+if [ -n "${NPROC_PER_NODE:-}" ]; then
+    processes=$NPROC_PER_NODE
+elif nvidia-smi --list-gpus >/dev/null 2>&1; then
+    processes=gpu
+else
+    processes=2
+fi
 
 command=(torchrun --nproc_per_node "$processes")
 if [ -n "${SLURM_JOB_ID:-}" ]; then

@@ -1,12 +1,21 @@
-"""Reading whole checkpoints, to compare them."""
+"""Writing small checkpoints, and reading whole ones to compare them."""
 
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.state import stored_tensors
+from tests.models import small_model, train_a_little
+from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.folders import Record
+from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, stored_tensors
+from torchtitan.config import JobConfig
+from torchtitan.distributed.world import World
+from torchtitan.models.llama.model import Transformer
+
+DATA = {"cursor": 12, "fingerprint": "f", "seed": 0}
 
 
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
@@ -25,3 +34,29 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors, gathered from their shards."""
+    return {name: t.full_tensor().clone() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
+
+
+def saved(world: World, folder: Path, *argv: str, steps: tuple[int, ...] = (1,)) -> dict[str, torch.Tensor]:
+    """A checkpoint of each step; returns weights and optimizer state of the last."""
+    config, model, optimizer = small_model(world, "--job.dump_folder", str(folder), *argv)
+    checkpointer = Checkpointer(config, model)
+    for step in steps:
+        train_a_little(model, optimizer)
+        checkpointer.save(step, {**DATA, "cursor": 12 * step}, optimizer)
+    checkpointer.wait()
+    return whole(model_tensors(model) | optimizer_tensors(model, optimizer))
+
+
+def resume(config: JobConfig, model: Transformer, optimizer: torch.optim.Optimizer) -> Record | None:
+    """Goes on from the checkpoint that the configuration finds; returns its record."""
+    checkpointer = Checkpointer(config, model)
+    found = checkpointer.find()
+    if found is None:
+        return None
+    checkpointer.load(found, optimizer)
+    return found.record

@@ -3,24 +3,20 @@
 import torch
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.distributed.parallelize import init_weights, parallelize
+from torchtitan.distributed.degrees import Degrees
+from torchtitan.distributed.parallelize import build_model, init_weights
 from torchtitan.distributed.world import World, build_mesh
-from torchtitan.models.llama.attention import choose_attention
 from torchtitan.models.llama.model import Transformer, token_losses
-from torchtitan.models.llama.shape import ModelShape
 from torchtitan.optimizer import build_optimizer
 
 SMALL = ["--training.dataset", "synthetic", "--training.mixed_precision_param", "float32"]
-SMALL += ["--model.dim", "32", "--model.n_layers", "2", "--model.ffn_dim", "48"]
+SMALL += ["--training.seq_len", "32", "--model.dim", "32", "--model.n_layers", "2", "--model.ffn_dim", "48"]
 
 
 def small_model(world: World, *argv: str, seed: int = 0) -> tuple[JobConfig, Transformer, torch.optim.Optimizer]:
     """Configuration, freshly initialised model and optimizer; `argv` overrides keys."""
     config = load_config([*SMALL, *argv])
-    attention = choose_attention("auto", world.device, torch.float32)
-    with torch.device("meta"):
-        model = Transformer(ModelShape.from_config(config), attention, max_length=32)
-    parallelize(model, build_mesh(config.training, world), config)
+    model = build_model(config, build_mesh(Degrees.of(config.training, world.size), world.device), world.device)
     init_weights(model, world.device, seed)
     return config, model, build_optimizer(model, config.optimizer)
 

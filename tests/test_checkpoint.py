@@ -5,51 +5,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
 
-from tests.checkpoints import read_checkpoint
+from tests.checkpoints import DATA, read_checkpoint, resume, saved, whole
 from tests.models import small_model, train_a_little
+from tests.processes import run_ranks
 from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
-from torchtitan.distributed.world import World
-
-DATA = {"cursor": 12, "fingerprint": "f", "seed": 0}
-
-
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the tensors, gathered from their shards."""
-    return {name: t.full_tensor().clone() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
-
-
-def saved(world: World, folder: Path, *argv: str, steps: tuple[int, ...] = (1,)) -> dict[str, torch.Tensor]:
-    """A checkpoint of each step; returns weights and optimizer state of the last."""
-    config, model, optimizer = small_model(world, "--job.dump_folder", str(folder), *argv)
-    checkpointer = Checkpointer(config, model, optimizer)
-    for step in steps:
-        train_a_little(model, optimizer)
-        checkpointer.save(step, {**DATA, "cursor": 12 * step})
-    checkpointer.wait()
-    return whole(model_tensors(model) | optimizer_tensors(model, optimizer))
+from torchtitan.distributed.world import World, init_world
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
 def test_what_is_saved_comes_back_bit_for_bit(world: World, tmp_path: Path, mode: str) -> None:
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.async_mode", mode)
     config, model, optimizer = small_model(world, *argv)
-    checkpointer = Checkpointer(config, model, optimizer)
+    checkpointer = Checkpointer(config, model)
     for step in (1, 2):
         train_a_little(model, optimizer)
         expected = whole(model_tensors(model) | optimizer_tensors(model, optimizer))
         random = torch.get_rng_state()
-        checkpointer.save(step, {**DATA, "cursor": 12 * step})
+        checkpointer.save(step, {**DATA, "cursor": 12 * step}, optimizer)
         # What goes on changing while a save in the background is under way must not get into it.
         train_a_little(model, optimizer)
         torch.rand(3)
     checkpointer.wait()
 
     config, model, optimizer = small_model(world, *argv, seed=1)
-    record = Checkpointer(config, model, optimizer).resume()
+    record = resume(config, model, optimizer)
     assert record is not None
     assert (record["step"], record["data"]["cursor"]) == (2, 24)
     found = whole(model_tensors(model) | optimizer_tensors(model, optimizer))
@@ -63,10 +46,10 @@ def test_training_goes_on_from_it_as_without_it(world: World, tmp_path: Path) ->
     argv = ("--job.dump_folder", str(tmp_path))
     config, model, optimizer = small_model(world, *argv)
     train_a_little(model, optimizer)
-    Checkpointer(config, model, optimizer).save(1, DATA)
+    Checkpointer(config, model).save(1, DATA, optimizer)
     expected = train_a_little(model, optimizer, steps=4)
     config, model, optimizer = small_model(world, *argv, seed=1)
-    Checkpointer(config, model, optimizer).resume()
+    resume(config, model, optimizer)
     assert train_a_little(model, optimizer, steps=4) == expected
 
 
@@ -93,44 +76,55 @@ def test_a_step_that_exists_is_left_as_it_is(world: World, tmp_path: Path) -> No
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint/step-1").iterdir()}
 
 
-def test_an_unfinished_step_does_not_count_and_does_not_get_in_the_way(world: World, tmp_path: Path) -> None:
+def test_an_unfinished_step_does_not_count_and_leaves_nothing_behind(world: World, tmp_path: Path) -> None:
     saved(world, tmp_path)
-    unfinished = tmp_path / "checkpoint/step-2.tmp"
-    unfinished.mkdir()
-    (unfinished / "__7_0.distcp").write_text("of another run")
-    (tmp_path / "checkpoint/step-3").mkdir()
+    left_over = [tmp_path / "checkpoint" / name for name in ("step-2.tmp", "step-7.tmp", "step-0.removed")]
+    for folder in left_over:
+        folder.mkdir()
+        (folder / "__7_0.distcp").write_text("of another run")
     config, model, optimizer = small_model(world, "--job.dump_folder", str(tmp_path))
-    checkpointer = Checkpointer(config, model, optimizer)
-    record = checkpointer.resume()
+    record = resume(config, model, optimizer)
     assert record is not None
     assert record["step"] == 1
+    assert not any(folder.exists() for folder in left_over)
+    left_over[0].mkdir()
+    (left_over[0] / "__7_0.distcp").write_text("of an interrupted save")
     train_a_little(model, optimizer)
-    checkpointer.save(2, DATA)
-    assert not unfinished.exists()
-    assert not (tmp_path / "checkpoint/step-2/__7_0.distcp").exists()
+    Checkpointer(config, model).save(2, DATA, optimizer)
+    names = sorted(path.name for path in (tmp_path / "checkpoint").rglob("*"))
+    assert names == sorted(["step-1", "step-2", *2 * [".metadata", "__0_0.distcp", "checkpoint.json"]])
+
+
+def test_a_foreign_folder_in_the_way_of_a_step_is_named(world: World, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint/step-3").mkdir(parents=True)
+    config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path))
+    with pytest.raises(ValueError, match="step-3 is not a checkpoint of this program"):
+        Checkpointer(config, model).find()
 
 
 def test_load_step(world: World, tmp_path: Path) -> None:
-    saved(world, tmp_path, steps=(1, 2))
-
-    def resume(step: str) -> int:
-        config, model, optimizer = small_model(
-            world, "--job.dump_folder", str(tmp_path), "--checkpoint.load_step", step
-        )
-        record = Checkpointer(config, model, optimizer).resume()
-        assert record is not None
-        return record["step"]
-
-    assert resume("1") == 1
-    with pytest.raises(ValueError, match=r"load_step = 7: no complete checkpoint.*there are 1, 2"):
-        resume("7")
+    """The newer steps are of another continuation: they make room, but are not lost."""
+    saved(world, tmp_path, steps=(1, 2, 3))
+    argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.load_step")
+    config, model, optimizer = small_model(world, *argv, "7")
+    with pytest.raises(ValueError, match=r"load_step = 7: no complete checkpoint.*there are 1, 2, 3"):
+        Checkpointer(config, model).find()
+    config, model, optimizer = small_model(world, *argv, "1")
+    record = resume(config, model, optimizer)
+    assert record is not None
+    assert record["step"] == 1
+    assert folders.complete_steps(tmp_path / "checkpoint") == [1]
+    aside = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert aside == ["step-1", "step-2.superseded-1", "step-3.superseded-1"]
 
 
 def test_load_step_without_any_checkpoint_is_no_fresh_start(world: World, tmp_path: Path) -> None:
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.load_step", "3")
+    config, model, _ = small_model(world, *argv)
     with pytest.raises(ValueError, match="there is no checkpoint at all"):
-        Checkpointer(*small_model(world, *argv)).resume()
-    assert Checkpointer(*small_model(world, *argv[:2])).resume() is None
+        Checkpointer(config, model).find()
+    config, model, _ = small_model(world, *argv[:2])
+    assert Checkpointer(config, model).find() is None
 
 
 @pytest.mark.parametrize(
@@ -144,9 +138,20 @@ def test_load_step_without_any_checkpoint_is_no_fresh_start(world: World, tmp_pa
 )
 def test_another_model_is_refused_by_name(world: World, tmp_path: Path, argv: tuple[str, ...], message: str) -> None:
     saved(world, tmp_path)
-    other = small_model(world, "--job.dump_folder", str(tmp_path), *argv)
+    config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path), *argv)
     with pytest.raises(ValueError, match=message):
-        Checkpointer(*other).resume()
+        Checkpointer(config, model).find()
+
+
+def test_an_unrecorded_rope_scaling_counts_as_none(world: World, tmp_path: Path) -> None:
+    saved(world, tmp_path)
+    path = tmp_path / "checkpoint/step-1/checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["model"]["rope_scaling"]
+    path.write_text(json.dumps(record))
+    config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path), "--model.rope_scaling", "llama3.1")
+    with pytest.raises(ValueError, match=r"rope_scaling is none there and llama3\.1 here"):
+        Checkpointer(config, model).find()
 
 
 def test_tensors_that_are_not_the_models_are_all_listed(world: World, tmp_path: Path) -> None:
@@ -160,9 +165,8 @@ def test_tensors_that_are_not_the_models_are_all_listed(world: World, tmp_path: 
     tensors["model.output.weight"] = tensors["model.output.weight"][:9]
     tensors["optimizer.state.norm.weight.exp_avg"] = tensors["optimizer.state.norm.weight.exp_avg"].double()
     dcp.save(tensors, checkpoint_id=step, no_dist=True)
-    model = small_model(world, "--job.dump_folder", str(tmp_path))
     with pytest.raises(ValueError, match="does not fit") as caught:
-        Checkpointer(*model).resume()
+        resume(*small_model(world, "--job.dump_folder", str(tmp_path)))
     text = str(caught.value)
     assert "missing: model.norm.weight" in text
     assert "unexpected: model.surplus" in text
@@ -175,14 +179,37 @@ def test_a_damaged_record_is_named(world: World, tmp_path: Path) -> None:
     record = tmp_path / "checkpoint/step-1/checkpoint.json"
     record.write_text(record.read_text()[:50])
     with pytest.raises(ValueError, match=r"checkpoint\.json cannot be read"):
-        Checkpointer(*small_model(world, "--job.dump_folder", str(tmp_path))).resume()
+        resume(*small_model(world, "--job.dump_folder", str(tmp_path)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export(world: World, tmp_path: Path, dtype: torch.dtype) -> None:
-    config, model, optimizer = small_model(world, "--job.dump_folder", str(tmp_path))
-    Checkpointer(config, model, optimizer).export(4, dtype)
+    name = str(dtype).removeprefix("torch.")
+    config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path), "--checkpoint.export_dtype", name)
+    Checkpointer(config, model).export(4)
     exported = read_checkpoint(tmp_path / "checkpoint/export/step-4")
     weights = whole(model_tensors(model))
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], weights[name].to(dtype)) for name in weights)
+
+
+def save_in_the_background_and_export(folder: str) -> None:
+    """On each rank. Both use the same process group: one has to wait for the other."""
+    world = init_world(60)
+    config, model, optimizer = small_model(
+        world, "--job.dump_folder", folder, "--checkpoint.async_mode", "async", "--comm.save_timeout_seconds", "20"
+    )
+    train_a_little(model, optimizer)
+    checkpointer = Checkpointer(config, model)
+    checkpointer.save(1, DATA, optimizer)
+    checkpointer.export(1)
+    checkpointer.wait()
+    dist.destroy_process_group()
+
+
+def test_a_save_in_the_background_and_an_export_on_two_ranks(tmp_path: Path) -> None:
+    run_ranks(save_in_the_background_and_export, 2, str(tmp_path))
+    weights = read_checkpoint(tmp_path / "checkpoint/export/step-1")
+    step = read_checkpoint(tmp_path / "checkpoint/step-1")
+    assert all(torch.equal(weights[name], step[name]) for name in weights)
+    assert {"random.0.cpu", "random.1.cpu"} <= step.keys()

@@ -33,6 +33,6 @@ def test_known_gpus(name: str, peak: float) -> None:
     assert peak_flops(name) == peak
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe"])
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA H100 PCIe", "NVIDIA H200 NVL"])
 def test_other_gpus_have_no_peak(name: str) -> None:
     assert peak_flops(name) is None

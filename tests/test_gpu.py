@@ -18,7 +18,7 @@ HEADS = sorted({(shape.n_heads, shape.n_kv_heads, shape.head_dim) for shape in F
 
 def requires(name: str) -> None:
     """Skips where the kernels are not installed or not written for this GPU."""
-    obstacle = BACKENDS[name].obstacle(torch.device("cuda"), torch.bfloat16)
+    obstacle = BACKENDS[name].activate(torch.device("cuda"), torch.bfloat16)
     if obstacle is not None:
         pytest.skip(f"{BACKENDS[name].title}: {obstacle}")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.checkpoints import saved, whole
 from tests.models import small_model, train_a_little
-from tests.test_checkpoint import saved, whole
 from torchtitan.checkpoint.checkpointer import Checkpointer
-from torchtitan.checkpoint.init_from import init_from
+from torchtitan.checkpoint.init_from import find_weights, load_weights
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.distributed.world import World
 
@@ -26,7 +26,7 @@ def weights(world: World) -> dict[str, torch.Tensor]:
 def start(world: World, source: Path, *argv: str) -> dict[str, torch.Tensor]:
     """The weights of a fresh model after starting from `source`."""
     config, model, _ = small_model(world, "--checkpoint.init_from", str(source), *argv)
-    init_from(model, config.checkpoint)
+    load_weights(model, find_weights(model, config.checkpoint))
     return {name.removeprefix("model."): tensor for name, tensor in whole(model_tensors(model)).items()}
 
 
@@ -63,15 +63,17 @@ def test_narrowing_is_refused(world: World, tmp_path: Path) -> None:
 
 def test_another_run(world: World, tmp_path: Path) -> None:
     """Its checkpoint folder, of which the newest step counts; one of its steps; its export."""
-    config, model, optimizer = small_model(world, "--job.dump_folder", str(tmp_path))
-    checkpointer = Checkpointer(config, model, optimizer)
-    checkpointer.export(0, torch.bfloat16)
+    config, model, optimizer = small_model(
+        world, "--job.dump_folder", str(tmp_path), "--checkpoint.export_dtype", "bfloat16"
+    )
+    checkpointer = Checkpointer(config, model)
+    checkpointer.export(0)
     first = whole(model_tensors(model))
     train_a_little(model, optimizer)
-    checkpointer.save(9, {"cursor": 0})
+    checkpointer.save(9, {"cursor": 0}, optimizer)
     nine = whole(model_tensors(model))
     train_a_little(model, optimizer)
-    checkpointer.save(10, {"cursor": 0})
+    checkpointer.save(10, {"cursor": 0}, optimizer)
     ten = whole(model_tensors(model))
     root = tmp_path / "checkpoint"
     for source, expected in ((root, ten), (root / "step-9", nine)):

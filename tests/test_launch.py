@@ -26,7 +26,15 @@ def run_script(script: str, tmp_path: Path, *arguments: str, **environment: str)
     config.write_text('[training]\ndataset = "synthetic"\nseq_len = 64\nsteps = 2\nmixed_precision_param = "float32"\n')
     command = ["bash", script, "--job.dump_folder", str(tmp_path / "out"), *arguments]
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {**os.environ, **NO_GPU, "PATH": path, "CONFIG_FILE": str(config), "VENV": "none", **environment}
+    variables = {
+        **os.environ,
+        **NO_GPU,
+        "PATH": path,
+        "CONFIG_FILE": str(config),
+        "VENV": "none",
+        "NPROC_PER_NODE": "2",
+        **environment,
+    }
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -70,7 +78,6 @@ def test_in_a_slurm_job(tmp_path: Path) -> None:
         SLURM_NNODES="1",
         SLURM_JOB_NODELIST="node1",
         SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_GPUS_ON_NODE="2",
     )
     assert "--rdzv_id 123 --rdzv_endpoint 127.0.0.1:20123" in output
     assert "step 2 of 2 is done" in output

@@ -27,37 +27,37 @@ def metrics(step: int) -> StepMetrics:
     )
 
 
-def write(folder: Path, steps: range, resumed_step: int, enable_tensorboard: bool = True) -> None:
+def write(folder: Path, steps: range, first_step: int = 1, enable_tensorboard: bool = True) -> None:
     config = Metrics(enable_tensorboard=enable_tensorboard)
-    writer = MetricsWriter(config, folder, rank=0, resumed_step=resumed_step)
+    writer = MetricsWriter(config, folder, rank=0, first_step=first_step)
     for step in steps:
         writer.write(metrics(step))
     writer.close()
 
 
 def test_metrics_are_written_at_full_precision(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 4), 0, enable_tensorboard=False)
+    write(tmp_path, range(1, 4), enable_tensorboard=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [asdict(metrics(step)) for step in (1, 2, 3)]
     assert lines[0]["loss"] == 1 / 3
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 8), 0, enable_tensorboard=False)
+    write(tmp_path, range(1, 8), enable_tensorboard=False)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # a kill in the middle of a line
-    write(tmp_path, range(6, 10), 5, enable_tensorboard=False)
+    write(tmp_path, range(6, 10), 6, enable_tensorboard=False)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
 
 
 def test_a_fresh_start_in_an_old_folder_begins_anew(tmp_path: Path) -> None:
-    write(tmp_path, range(1, 8), 0, enable_tensorboard=False)
-    write(tmp_path, range(1, 3), 0, enable_tensorboard=False)
+    write(tmp_path, range(1, 8), enable_tensorboard=False)
+    write(tmp_path, range(1, 3), enable_tensorboard=False)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
-    writer = MetricsWriter(Metrics(), tmp_path, rank=1, resumed_step=0)
+    writer = MetricsWriter(Metrics(), tmp_path, rank=1, first_step=1)
     writer.write(metrics(1))
     writer.close()
     assert not list(tmp_path.iterdir())
@@ -66,7 +66,7 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write(tmp_path, range(1, 4), 0)
+    write(tmp_path, range(1, 4))
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]

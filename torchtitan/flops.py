@@ -14,7 +14,7 @@ PEAK_BF16_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
 }
-"""Dense bf16 FLOP/s by the vendor's datasheets (SXM parts)."""
+"""Dense bf16 FLOP/s by the vendor's datasheets (SXM parts; PCIe and NVL cards have other rates)."""
 
 
 def training_flops(shape: ModelShape, lengths: Iterable[int]) -> int:
@@ -35,6 +35,6 @@ def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by the name that CUDA gives it; None where it is not known."""
     # The longest name first: "GH200" contains "H200".
     for name in sorted(PEAK_BF16_FLOPS, key=len, reverse=True):
-        if name in device_name and "PCIe" not in device_name:
+        if name in device_name and "PCIe" not in device_name and "NVL" not in device_name:
             return PEAK_BF16_FLOPS[name]
     return None

@@ -58,7 +58,7 @@ class StepMetrics:
 
 
 class Stopwatch:
-    """Time since the last logged step, and the part of it that was spent waiting for data."""
+    """Time since the last logged step, the part of it spent waiting for data, and what was done in it."""
 
     def __init__(self) -> None:
         self.restart()
@@ -68,6 +68,7 @@ class Stopwatch:
         self.start = time.perf_counter()
         self.waited = 0.0
         self.steps = 0
+        self.flops = 0
 
     @property
     def elapsed(self) -> float:
@@ -78,21 +79,21 @@ class Stopwatch:
 class MetricsWriter:
     """Writes the reports of rank 0; on other ranks it does nothing.
 
-    A run that goes on from step N drops what was reported after it, so that each step stands in the file once.
+    A run that goes on with step `first_step` drops what was reported of it and later ones: each step stands there once.
     """
 
-    def __init__(self, config: Metrics, dump_folder: Path, *, rank: int, resumed_step: int) -> None:
+    def __init__(self, config: Metrics, dump_folder: Path, rank: int, first_step: int) -> None:
         self.file = self.tensorboard = None
         if rank != 0:
             return
         path = dump_folder / "metrics.jsonl"
-        _drop_after(path, resumed_step)
+        _drop_from(path, first_step)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run lasts
         if config.enable_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = str(dump_folder / config.save_tb_folder)
-            self.tensorboard = SummaryWriter(folder, purge_step=resumed_step + 1)
+            self.tensorboard = SummaryWriter(folder, purge_step=first_step)
 
     def write(self, metrics: StepMetrics) -> None:
         """Reports one step."""
@@ -124,11 +125,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Leaves the reports up to `step`; by a rename, so that a kill leaves either the old file or the new one."""
+def _drop_from(path: Path, step: int) -> None:
+    """Leaves the reports before `step`; by a rename, so that a kill leaves either the old file or the new one."""
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    kept = [line for line in read_metrics(path) if line["step"] < step]
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)

@@ -1,7 +1,8 @@
 """Saves the training state every so often, and finds it again."""
 
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,75 +30,53 @@ from torchtitan.logging import logger
 from torchtitan.models.llama.model import Transformer
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that a run can go on from."""
+
+    folder: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A save in the background: what is awaited, and what has to be committed then."""
+
+    saving: Future[Any]
+    temporary: Path
+    folder: Path
+    record: Record
+
+
 class Checkpointer:
     """The checkpoints of one run. All its methods but `poll` are collective: every rank calls them."""
 
-    def __init__(self, config: JobConfig, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, config: JobConfig, model: Transformer) -> None:
         self.config = config.checkpoint
         self.root = Path(config.job.dump_folder) / config.checkpoint.folder
-        self.model, self.optimizer = model, optimizer
-        self.about: Record = {
+        self.model = model
+        self.description: Record = {
             "model": asdict(model.shape),
             "config": config.model_dump(),
             "versions": {"torchtitan": __version__, "torch": torch.__version__},
         }
-        # A save in the background needs a group to itself: its collectives must not mix with the step's.
-        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        self.pending: tuple[Future[Any], Path, Record] | None = None
+        # A save in the background needs a group to itself: its collectives must not mix with the step's. Its time
+        # limit is that of the slowest disk.
+        timeout = timedelta(seconds=config.comm.save_timeout_seconds)
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         # The writer also holds the copy in host memory that a background save writes from, pinned if it is kept.
         pinned = self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
         self.writer = FileSystemWriter(self.root, cache_staged_state_dict=pinned)
+        self.pending: Pending | None = None
 
-    def save(self, step: int, data: dict[str, Any]) -> None:
-        """Saves everything that going on from this step needs; `data` is the data cursor and what it belongs to.
-
-        In the asynchronous modes the files are written behind the caller's back; the save before is awaited first.
-        """
-        self.wait()
-        folder = folders.step_folder(self.root, step)
-        if from_rank_zero(folder.exists):
-            logger.warning(f"{folder} exists already and is left as it is")
-            return
-        temporary = from_rank_zero(lambda: folders.begin(folder))
-        record = {"kind": "training", "step": step, "data": data, **self.about}
-        state = model_tensors(self.model) | optimizer_tensors(self.model, self.optimizer) | random_state()
-        if self.config.async_mode == "disabled":
-            dcp.save(state, checkpoint_id=temporary, storage_writer=self.writer, process_group=self.group)
-            from_rank_zero(lambda: self._commit(folder, record))
-        else:
-            saving = dcp.async_save(
-                state, checkpoint_id=temporary, storage_writer=self.writer, process_group=self.group
-            )
-            self.pending = cast(Future[Any], saving), folder, record
-
-    def poll(self) -> None:
-        """Commits a background save that has come to its end; raises what went wrong in it."""
-        if self.pending is not None and self.pending[0].done():
-            saving, folder, record = self.pending
-            self.pending = None
-            saving.result()
-            if dist.get_rank() == 0:
-                self._commit(folder, record)
-
-    def wait(self) -> None:
-        """Waits for the save in the background, if there is one."""
-        if self.pending is not None:
-            self.pending[0].result()
-        self.poll()
-        dist.barrier(group=self.group)
-
-    def _commit(self, folder: Path, record: Record) -> None:
-        folders.commit(folder.with_name(f"{folder.name}.tmp"), folder, record)
-        folders.keep_latest(self.root, self.config.keep_latest_k)
-        logger.info(f"checkpoint {folder} is complete")
-
-    def resume(self) -> Record | None:
-        """Loads the newest step, or the one of `checkpoint.load_step`, and returns its record; None if there is none.
+    def find(self) -> Found | None:
+        """The newest step, or the one of `checkpoint.load_step`, of a model of this shape; None if there is none.
 
         Raises:
-            ValueError: where that step is not there, or is of another model.
+            ValueError: where that step is not there or is of another model, or what lies there is no checkpoint of
+                this program.
         """
-        steps = from_rank_zero(lambda: folders.complete_steps(self.root))
+        steps = from_rank_zero(lambda: folders.tidy(self.root), self.group)
         wanted = self.config.load_step
         if wanted != -1 and wanted not in steps:
             found = f"there are {', '.join(map(str, steps))}" if steps else "there is no checkpoint at all"
@@ -105,30 +84,83 @@ class Checkpointer:
         if not steps:
             return None
         folder = folders.step_folder(self.root, steps[-1] if wanted == -1 else wanted)
-        record = from_rank_zero(lambda: folders.read_record(folder))
+        record = from_rank_zero(lambda: folders.read_record(folder), self.group)
         assert record is not None
         raise_mismatches(folder, self.model.shape.differences(record["model"]))
+        return Found(folder, record)
 
-        stored = from_rank_zero(lambda: stored_tensors(folder))
-        state = model_tensors(self.model) | optimizer_tensors(self.model, self.optimizer)
+    def load(self, found: Found, optimizer: torch.optim.Optimizer) -> None:
+        """Loads that checkpoint into the model, the optimizer and the random generators.
+
+        Where an older step was asked for, the newer ones are renamed: the run that goes on from here writes its own.
+
+        Raises:
+            ValueError: listing every tensor that is missing, unexpected, of another shape or dtype.
+        """
+        stored = from_rank_zero(lambda: stored_tensors(found.folder), self.group)
+        state = model_tensors(self.model) | optimizer_tensors(self.model, optimizer)
         training_stored = {name: entry for name, entry in stored.items() if not name.startswith("random.")}
-        raise_mismatches(folder, mismatches(state, training_stored))
+        raise_mismatches(found.folder, mismatches(state, training_stored))
         # On more ranks than it was saved on, the new ones keep the random state they have.
         random = {name: value for name, value in random_state().items() if name in stored}
-        dcp.load(state | random, storage_reader=FileSystemReader(folder), process_group=self.group)
+        dcp.load(state | random, storage_reader=FileSystemReader(found.folder), process_group=self.group)
         set_random_state(random)
-        logger.info(f"resuming from {folder}")
-        return record
+        from_rank_zero(lambda: folders.set_aside_after(self.root, found.record["step"]), self.group)
+        logger.info(f"resuming from {found.folder}")
 
-    def export(self, step: int, dtype: torch.dtype) -> None:
-        """Writes the weights alone, in this precision, to `export/step-N`. An existing export is left as it is."""
-        folder = folders.step_folder(self.root / "export", step)
-        if from_rank_zero(folder.exists):
-            logger.warning(f"{folder} exists already and is left as it is")
+    def save(self, step: int, data: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Saves everything that going on from this step needs; `data` is the data cursor and what it belongs to.
+
+        In the asynchronous modes the files are written behind the caller's back; the save before is awaited first.
+        A step that exists is left as it is.
+        """
+        self.wait()
+        folder = folders.step_folder(self.root, step)
+        temporary = from_rank_zero(lambda: folders.begin(folder), self.group)
+        if temporary is None:
             return
-        temporary = from_rank_zero(lambda: folders.begin(folder))
+        record = {"kind": "training", "step": step, "data": data, **self.description}
+        state = model_tensors(self.model) | optimizer_tensors(self.model, optimizer) | random_state()
+        if self.config.async_mode == "disabled":
+            dcp.save(state, checkpoint_id=temporary, storage_writer=self.writer, process_group=self.group)
+            from_rank_zero(lambda: self._commit(temporary, folder, record), self.group)
+        else:
+            saving = dcp.async_save(
+                state, checkpoint_id=temporary, storage_writer=self.writer, process_group=self.group
+            )
+            self.pending = Pending(cast(Future[Any], saving), temporary, folder, record)
+
+    def poll(self) -> None:
+        """Commits a background save that has come to its end; raises what went wrong in it."""
+        pending = self.pending
+        if pending is not None and pending.saving.done():
+            self.pending = None
+            pending.saving.result()
+            if dist.get_rank() == 0:
+                self._commit(pending.temporary, pending.folder, pending.record)
+
+    def wait(self) -> None:
+        """Waits for the save in the background, if there is one, and commits it."""
+        if self.pending is not None:
+            self.pending.saving.result()
+        self.poll()
+        dist.barrier(group=self.group)
+
+    def export(self, step: int) -> None:
+        """Writes the weights alone to `export/step-N`, in `checkpoint.export_dtype`, unless it exists."""
+        self.wait()
+        folder = folders.step_folder(self.root / "export", step)
+        temporary = from_rank_zero(lambda: folders.begin(folder), self.group)
+        if temporary is None:
+            return
+        dtype = getattr(torch, self.config.export_dtype)
         weights: Tensors = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
         dcp.save(weights, storage_writer=FileSystemWriter(temporary), process_group=self.group)
-        record = {"kind": "weights", "step": step, **self.about}
-        from_rank_zero(lambda: folders.commit(temporary, folder, record))
+        record = {"kind": "weights", "step": step, **self.description}
+        from_rank_zero(lambda: folders.commit(temporary, folder, record), self.group)
         logger.info(f"weights exported to {folder}")
+
+    def _commit(self, temporary: Path, folder: Path, record: Record) -> None:
+        folders.commit(temporary, folder, record)
+        logger.info(f"checkpoint {folder} is complete")
+        folders.keep_latest(self.root, self.config.keep_latest_k)

@@ -8,11 +8,15 @@ import json
 import os
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from torchtitan.logging import logger
+
 RECORD = "checkpoint.json"
 FORMAT = 1
+TEMPORARY, REMOVED, SET_ASIDE = ".tmp", ".removed", ".superseded"
 
 Record = dict[str, Any]
 """What a checkpoint says of itself: format, kind, step, model shape, data cursor, configuration, versions."""
@@ -25,10 +29,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 def complete_steps(root: Path) -> list[int]:
     """The steps that are there, oldest first."""
-    if not root.is_dir():
-        return []
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in root.iterdir() if is_complete(path))
-    return sorted(int(name[1]) for name in names if name)
+    return sorted(step for step, folder in _step_folders(root) if is_complete(folder))
 
 
 def is_complete(folder: Path) -> bool:
@@ -36,9 +37,32 @@ def is_complete(folder: Path) -> bool:
     return (folder / RECORD).is_file() and (folder / ".metadata").is_file()
 
 
-def begin(folder: Path) -> Path:
-    """An empty temporary folder beside `folder`, to be filled and given to `commit`."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
+def tidy(root: Path) -> list[int]:
+    """Removes what interrupted saves and removals have left behind; returns the complete steps, oldest first.
+
+    Raises:
+        ValueError: where a folder has the name of a step, but is not a checkpoint of this format: it would be in the
+            way of that step.
+    """
+    if root.is_dir():
+        for left_over in root.iterdir():
+            if re.fullmatch(rf"step-\d+({TEMPORARY}|{REMOVED})", left_over.name):
+                shutil.rmtree(left_over, ignore_errors=True)
+    for _, folder in _step_folders(root):
+        if not is_complete(folder):
+            raise ValueError(
+                f"{folder} is not a checkpoint of this program: it lacks .metadata or {RECORD}. Move it away, "
+                "or start from its weights with checkpoint.init_from in another dump folder"
+            )
+    return complete_steps(root)
+
+
+def begin(folder: Path) -> Path | None:
+    """An empty temporary folder beside `folder`, to be filled and given to `commit`; None where `folder` exists."""
+    if folder.exists():
+        logger.warning(f"{folder} exists already and is left as it is")
+        return None
+    temporary = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
@@ -58,13 +82,24 @@ def commit(temporary: Path, folder: Path, record: Record) -> None:
         os.close(descriptor)
 
 
-def keep_latest(root: Path, count: int) -> None:
-    """Removes all but the `count` newest steps; 0 keeps all."""
-    for step in complete_steps(root)[:-count] if count else []:
-        # Renamed first: a half-removed folder must not look like a checkpoint.
-        removed = root / f"step-{step}.removed"
-        step_folder(root, step).rename(removed)
-        shutil.rmtree(removed)
+def keep_latest(root: Path, number: int) -> None:
+    """Removes all but the `number` newest steps; 0 keeps all. What cannot be removed is named and left."""
+    for step in complete_steps(root)[:-number] if number else []:
+        folder = step_folder(root, step)
+        try:
+            # Renamed first: a half-removed folder must not look like a checkpoint.
+            shutil.rmtree(folder.rename(folder.with_name(folder.name + REMOVED)))
+        except OSError as error:
+            logger.warning(f"{folder} could not be removed: {error}")
+
+
+def set_aside_after(root: Path, step: int) -> None:
+    """Renames all newer steps: they belong to another continuation than the one that begins at `step`."""
+    for newer in (found for found in complete_steps(root) if found > step):
+        folder = step_folder(root, newer)
+        names = (folder.with_name(f"{folder.name}{SET_ASIDE}-{number}") for number in count(1))
+        aside = folder.rename(next(name for name in names if not name.exists()))
+        logger.warning(f"{folder} is newer than the step that was asked for; it is now {aside.name}")
 
 
 def read_record(folder: Path) -> Record | None:
@@ -83,3 +118,9 @@ def read_record(folder: Path) -> Record | None:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is not a record of format {FORMAT}")
     return record
+
+
+def _step_folders(root: Path) -> list[tuple[int, Path]]:
+    folders = root.iterdir() if root.is_dir() else ()
+    named = ((re.fullmatch(r"step-(\d+)", folder.name), folder) for folder in folders)
+    return [(int(name[1]), folder) for name, folder in named if name]

@@ -1,5 +1,6 @@
 """Starts a model from the weights of another run, of a converted model, or of another program's DCP checkpoint."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,25 @@ from torchtitan.models.llama.model import Transformer
 VOCABULARY_WEIGHTS = ("tok_embeddings.weight", "output.weight")
 
 
-def init_from(model: Transformer, config: Checkpoint) -> Path:
-    """Loads the weights that `checkpoint.init_from` names into the model, and returns the folder they came from.
+@dataclass(frozen=True)
+class Source:
+    """Weights that fit the model.
+
+    Attributes:
+        folder: the DCP checkpoint that holds them.
+        prefix: what stands there before their names: "model." or nothing.
+        absent: the model's weights that it does not hold.
+        narrow: their dtypes other than float32.
+    """
+
+    folder: Path
+    prefix: str
+    absent: list[str]
+    narrow: list[str]
+
+
+def find_weights(model: Transformer, config: Checkpoint) -> Source:
+    """The weights that `checkpoint.init_from` names, compared with the model, which may still be without memory.
 
     Weights may stand under `model.` or bare; a `freqs_cis` buffer is ignored, as is everything beside the weights of a
     training checkpoint; bf16 and fp16 are widened. Only `checkpoint.init_missing_keys` may be missing.
@@ -34,7 +52,6 @@ def init_from(model: Transformer, config: Checkpoint) -> Path:
     stored = {
         name: entry for name, entry in stored.items() if name.startswith(prefix) and not name.endswith("freqs_cis")
     }
-
     weights = {prefix + name.removeprefix("model."): tensor for name, tensor in model_tensors(model).items()}
     unknown = [key for key in config.init_missing_keys if prefix + key not in weights]
     if unknown:
@@ -44,18 +61,23 @@ def init_from(model: Transformer, config: Checkpoint) -> Path:
         del weights[prefix + key]
 
     record = from_rank_zero(lambda: folders.read_record(folder)) or {}
-    recorded_shape = {"rope_scaling": "none", **record.get("model", {})}
+    recorded_shape = dict(record.get("model", {}))
     if all(key in absent for key in VOCABULARY_WEIGHTS):
         recorded_shape.pop("vocab_size", None)
     problems = model.shape.differences(recorded_shape)
     raise_mismatches(folder, problems + mismatches(weights, stored, widen=True))
-
     narrow = sorted({str(entry.properties.dtype) for entry in stored.values() if entry} - {str(torch.float32)})
-    dcp.load(weights, storage_reader=FileSystemReader(folder))
-    widened = f", widened from {', '.join(narrow)} to float32" if narrow else ""
-    random = f"; left at their random initial values: {', '.join(absent)}" if absent else ""
-    logger.info(f"starting from the weights in {folder}{widened}{random}")
-    return folder
+    return Source(folder, prefix, absent, narrow)
+
+
+def load_weights(model: Transformer, source: Source) -> None:
+    """Loads them into the model; those that are absent keep their initial values."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in model_tensors(model).items()}
+    present = {source.prefix + name: tensor for name, tensor in weights.items() if name not in source.absent}
+    dcp.load(present, storage_reader=FileSystemReader(source.folder))
+    widened = f", widened from {', '.join(source.narrow)} to float32" if source.narrow else ""
+    random = f"; left at their random initial values: {', '.join(source.absent)}" if source.absent else ""
+    logger.info(f"starting from the weights in {source.folder}{widened}{random}")
 
 
 def _checkpoint_folder(given: Path) -> Path:

@@ -205,10 +205,12 @@ class ActivationCheckpoint(Table):
 class Comm(Table):
     """Timeouts of the collectives."""
 
-    init_timeout_seconds: PositiveInt = 600
-    """Limit for one collective until the first step is done: start-up, loading, compilation."""
+    init_timeout_seconds: PositiveInt = 1800
+    """Limit for one collective until the first step is done: the first reading of a dataset, loading, compilation."""
     train_timeout_seconds: PositiveInt = 300
     """Limit for one collective after the first step."""
+    save_timeout_seconds: PositiveInt = 1800
+    """Limit for one collective of saving and loading a checkpoint: the slowest rank's disk."""
 
 
 class Profiling(Table):

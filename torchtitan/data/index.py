@@ -3,6 +3,7 @@
 import hashlib
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def load_index(recordings: Recordings, malformed_rows: str) -> RecordingIndex:
     if not index.rows.size:
         raise ValueError(f"{recordings.description}: no usable rows")
     return index
+
+
+def check_index(recordings: Recordings, index: RecordingIndex) -> None:
+    """Raises ValueError where an index, built on another node, is not of these recordings: caches may differ."""
+    if len(index.rows) + len(index.malformed) == len(recordings):
+        with suppress(ValueError):  # rows that are too short for the sizes of the index
+            if _fingerprint(recordings, index) == index.fingerprint:
+                return
+    raise ValueError(
+        f"{recordings.description}: {os.uname().nodename} holds other data than the node of rank 0; "
+        "fill both caches from the same version of the dataset"
+    )
 
 
 def _build(recordings: Recordings) -> RecordingIndex:

@@ -117,7 +117,8 @@ def open_recordings(training: Training) -> Recordings:
         raise ValueError(f'training.split = "{training.split}": {origin} has only {", ".join(splits)}')
     dataset = splits[training.split]
     _check_columns(dataset, origin)
-    return Recordings(dataset, f"{origin}, split {training.split}")
+    folders = sorted({str(Path(file["filename"]).parent) for file in dataset.cache_files})
+    return Recordings(dataset, f"{origin}, split {training.split}, in {', '.join(folders) or 'memory'}")
 
 
 def _load_pile(name: str) -> tuple[dict[str, "datasets.Dataset"], str]:

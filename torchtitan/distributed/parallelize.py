@@ -1,4 +1,4 @@
-"""From a model on the meta device to one that is recomputed, compiled, sharded and initialised."""
+"""From a configuration to a model that is recomputed, compiled, sharded and initialised."""
 
 import hashlib
 
@@ -9,20 +9,32 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchtitan.config.schema import JobConfig
+from torchtitan.models.llama.attention import choose_attention
 from torchtitan.models.llama.model import Transformer
+from torchtitan.models.llama.shape import ModelShape
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh, config: JobConfig) -> None:
-    """Applies recomputation, compilation and sharding, in place and in this order: each wraps the one before."""
+def build_model(config: JobConfig, mesh: DeviceMesh, device: torch.device) -> Transformer:
+    """The configured model for `device`, sharded, still without memory: `init_weights` gives it that.
+
+    Raises:
+        ValueError: where the attention that was asked for cannot run.
+    """
+    compute_dtype = getattr(torch, config.training.mixed_precision_param)
+    attention = choose_attention(config.model.attention, device, compute_dtype)
+    with torch.device("meta"):
+        model = Transformer(ModelShape.from_config(config), attention, max_length=config.training.seq_len)
+    # Each of the three wraps what stands before it, so this is their order.
     for index, block in enumerate(model.layers):
         if config.activation_checkpoint.mode == "full":
             # Nothing in the model is random, so there is no random state to restore.
             block = checkpoint_wrapper(block, preserve_rng_state=False)
             model.layers[index] = block
         if config.training.compile:
-            block.compile(fullgraph=not config.training.document_mask or mesh.device_type == "cuda")
+            # Without a kernel for packed documents there is a loop over them, which is not compiled.
+            block.compile(fullgraph=not config.training.document_mask)
     precision = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, config.training.mixed_precision_param),
+        param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
         # The embedding already gives activations of that precision, and the rotary table must keep its own.
         cast_forward_inputs=False,
@@ -30,6 +42,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: JobConfig) -> None
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
+    return model
 
 
 def init_weights(model: Transformer, device: torch.device, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run: starting them up, their mesh, and what rank 0 does for all."""
+"""The processes of a run: starting them up, their mesh, and what one of them does for all."""
 
 import hashlib
 import os
@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.config.schema import Training
+from torchtitan.distributed.degrees import Degrees
 
 T = TypeVar("T")
+
+TORCHRUN_DEFAULTS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+"""What torchrun tells each process, and what holds without it."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,18 @@ class World:
 
 
 def init_world(timeout_seconds: int) -> World:
-    """Joins the processes that `torchrun` started; without it, this one alone is the world."""
-    rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in _TORCHRUN.items())
+    """Joins the processes that `torchrun` started; without it, this one alone is the world.
+
+    Raises:
+        ValueError: where there are GPUs, but none for this process.
+    """
+    rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in TORCHRUN_DEFAULTS.items())
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "start one process a GPU (torchrun --nproc_per_node)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # gloo beside NCCL: objects and checkpoints travel between the hosts without touching a GPU.
@@ -42,61 +54,28 @@ def init_world(timeout_seconds: int) -> World:
     return World(rank, local_rank, size, device)
 
 
-_TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-
-
-def set_timeout(seconds: int) -> None:
-    """The limit for one collective from now on, in all process groups."""
-    groups = list(dist.distributed_c10d._world.pg_map)
-    for group in groups:
+def set_timeout(mesh: DeviceMesh, seconds: int) -> None:
+    """The limit for one collective from now on, in the groups that a step uses."""
+    for group in (None, *mesh.get_all_groups()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def build_mesh(training: Training, world: World) -> DeviceMesh:
-    """The mesh that the model is sharded over: ("shard",), or ("replicate", "shard") for HSDP.
-
-    Raises:
-        ValueError: where the configured degrees do not multiply to the number of processes.
-    """
-    replicate, shard = training.data_parallel_replicate_degree, training.data_parallel_shard_degree
-    if shard == -1:
-        shard = max(1, world.size // replicate)
-    if replicate * shard != world.size:
-        raise ValueError(
-            f"training.data_parallel_replicate_degree = {replicate} times "
-            f"training.data_parallel_shard_degree = {shard} is {replicate * shard}, "
-            f"but the run has {world.size} processes"
-        )
-    if replicate == 1:
-        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def build_mesh(degrees: Degrees, device: torch.device) -> DeviceMesh:
+    """The mesh that the model is sharded over: ("shard",), or ("replicate", "shard") for HSDP."""
+    if degrees.replicate == 1:
+        return init_device_mesh(device.type, (degrees.shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (degrees.replicate, degrees.shard), mesh_dim_names=("replicate", "shard"))
 
 
-def accumulation_steps(training: Training, world: World) -> int:
-    """Forward passes an optimizer step, so that all ranks together see `training.global_batch_size` sequences.
-
-    Raises:
-        ValueError: where the batch cannot be divided so.
-    """
-    at_once = training.batch_size * world.size
-    wanted = at_once if training.global_batch_size == -1 else training.global_batch_size
-    if wanted % at_once:
-        raise ValueError(
-            f"training.global_batch_size = {wanted} is not a multiple of {at_once}: "
-            f"training.batch_size = {training.batch_size} on each of {world.size} processes"
-        )
-    return wanted // at_once
-
-
-def from_rank_zero(make: Callable[[], T]) -> T:
+def from_rank_zero(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """What `make` returns on rank 0, on every rank. What it raises there, all ranks raise."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = make()
-        except (ValueError, OSError) as error:
+        except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -114,7 +93,9 @@ def first_on_each_node(world: World) -> Iterator[None]:
             dist.barrier()
 
 
-def first_to_say(message: str) -> bool:
-    """Whether no other process has asked this for the same message: most errors are found by all of them at once."""
+def first_to_report(message: str) -> bool:
+    """Whether no other rank has asked this for the same message: most errors are found by all of them at once."""
+    if not dist.is_initialized():
+        return True
     store = dist.distributed_c10d._get_default_store()
-    return store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+    return store.add(f"reported/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1

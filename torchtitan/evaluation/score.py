@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 from torchtitan.data.loader import build_loader
 from torchtitan.data.tokens import bos_token
 from torchtitan.data.windows import RecordedWindows
+from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
 
 
@@ -36,14 +37,22 @@ class _OnePass(Sampler[list[int]]):
 
 
 @torch.no_grad()
-def score(model: nn.Module, windows: RecordedWindows, device: torch.device, batch_size: int) -> Score:
-    """Scores every token of the stream but the first exactly once."""
+def score(
+    model: nn.Module,
+    windows: RecordedWindows,
+    device: torch.device,
+    batch_size: int,
+    *,
+    document_mask: bool = False,
+) -> Score:
+    """Scores every token of the stream but the first exactly once, with the mask that the model was trained with."""
     bos = bos_token(windows.vocab_size)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in build_loader(windows, _OnePass(windows, batch_size), num_workers=0, pin_memory=False):
         tokens = batch.tokens.to(device).long()
         labels = tokens[:, 1:]
-        losses = token_losses(model(tokens[:, :-1]), labels).double()
+        documents = Documents.from_starts(batch.documents, labels.numel(), device) if document_mask else None
+        losses = token_losses(model(tokens[:, :-1], documents), labels).double()
         valid = torch.arange(windows.seq_len, device=device) < batch.valid.to(device)[:, None]
         counts = valid & (labels != bos)
         sums += torch.stack([(losses * counts).sum(), (losses * valid).sum(), counts.sum(), valid.sum()])

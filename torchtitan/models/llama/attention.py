@@ -59,8 +59,8 @@ class Backend:
     half_precision: bool = True
     install: str = "it is part of PyTorch's CUDA builds"
 
-    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run there; None where it can. Activates its kernels."""
+    def activate(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Puts its kernels into use. Returns why it cannot run there, None where it can."""
         if self.min_capability:
             if device.type != "cuda":
                 return "there is no GPU"
@@ -114,6 +114,11 @@ class Attention:
     backend: Backend
     reason: str
 
+    def describe(self, device: torch.device, *, document_mask: bool) -> str:
+        """Which kernels run, and why these, for the log."""
+        packed = "varlen_attn" if device.type == "cuda" else "one after another"
+        return f"{self.backend.title} ({self.reason})" + (f"; each recording by itself, {packed}" * document_mask)
+
     def __call__(
         self, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor, documents: Documents | None = None
     ) -> torch.Tensor:
@@ -151,7 +156,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     """
     if requested != "auto":
         backend = BACKENDS[requested]
-        obstacle = backend.obstacle(device, dtype)
+        obstacle = backend.activate(device, dtype)
         if obstacle is not None:
             raise ValueError(
                 f'model.attention = "{requested}": {backend.title} cannot run: {obstacle}. '
@@ -163,7 +168,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     passed_over = []
     for name in ("fa3" if hopper else "fa4", "cudnn", "sdpa"):
         backend = BACKENDS[name]
-        obstacle = backend.obstacle(device, dtype)
+        obstacle = backend.activate(device, dtype)
         if obstacle is None:
             return Attention(backend, "; ".join(["the first that can run", *passed_over]))
         passed_over.append(f"not {backend.title}: {obstacle}")

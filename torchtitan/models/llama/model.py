@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.models.llama.attention import Attention, Documents
-from torchtitan.models.llama.rope import rotate, rotations
+from torchtitan.models.llama.rope import apply_rope, rope_cache
 from torchtitan.models.llama.shape import ModelShape
 
 
@@ -26,9 +26,9 @@ class SelfAttention(nn.Module):
         self.wv = nn.Linear(shape.dim, shape.n_kv_heads * shape.head_dim, bias=False)
         self.wo = nn.Linear(shape.n_heads * shape.head_dim, shape.dim, bias=False)
 
-    def forward(self, x_BLD: torch.Tensor, turns: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+    def forward(self, x_BLD: torch.Tensor, rope: torch.Tensor, documents: Documents | None) -> torch.Tensor:
         q, k, v = (w(x_BLD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        return self.wo(self.attention(rotate(q, turns), rotate(k, turns), v, documents).flatten(-2))
+        return self.wo(self.attention(apply_rope(q, rope), apply_rope(k, rope), v, documents).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -54,8 +54,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
 
-    def forward(self, x_BLD: torch.Tensor, turns: torch.Tensor, documents: Documents | None) -> torch.Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), turns, documents)
+    def forward(self, x_BLD: torch.Tensor, rope: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, documents)
         return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
 
 
@@ -65,17 +65,17 @@ class Transformer(nn.Module):
     Built on the meta device, its weights and buffers get their values from `init_parameter` and `init_buffers`.
     """
 
-    turns: torch.Tensor
+    rope_cache: torch.Tensor
 
     def __init__(self, shape: ModelShape, attention: Attention, *, max_length: int) -> None:
         """`max_length`: largest position, plus one, that the model will be given."""
         super().__init__()
-        self.shape, self.max_length = shape, max_length
+        self.shape, self.attention, self.max_length = shape, attention, max_length
         self.tok_embeddings = nn.Embedding(shape.vocab_size, shape.dim)
         self.layers = nn.ModuleList(TransformerBlock(shape, attention) for _ in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
-        self.register_buffer("turns", rotations(shape, max_length), persistent=False)
+        self.register_buffer("rope_cache", rope_cache(shape, max_length), persistent=False)
 
     def forward(
         self, tokens_BL: torch.Tensor, documents: Documents | None = None, positions: torch.Tensor | None = None
@@ -88,15 +88,15 @@ class Transformer(nn.Module):
             positions: of the tokens, int64 [L] or [B, L]; None: 0 … L - 1. Only differences matter to attention, so
                 documents need no positions of their own.
         """
-        turns = self.turns[: tokens_BL.shape[1]] if positions is None else self.turns[positions]
+        rope = self.rope_cache[: tokens_BL.shape[1]] if positions is None else self.rope_cache[positions]
         x_BLD = self.tok_embeddings(tokens_BL)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, turns, documents)
+            x_BLD = layer(x_BLD, rope, documents)
         return self.output(self.norm(x_BLD))
 
     def init_buffers(self) -> None:
         """Fills the rotary table, which `to_empty` leaves undefined."""
-        self.turns.copy_(rotations(self.shape, self.max_length, self.turns.device))
+        self.rope_cache.copy_(rope_cache(self.shape, self.max_length, self.rope_cache.device))
 
     def init_parameter(self, name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
         """Gives a whole weight its random initial values.

@@ -17,25 +17,26 @@ def frequencies(shape: ModelShape, device: torch.device | None = None) -> torch.
     plain = 1.0 / shape.rope_theta ** (channels / shape.head_dim)
     if shape.rope_scaling == "none":
         return plain
-    turns = ORIGINAL_CONTEXT * plain / (2 * math.pi)
-    kept = ((turns - LOW) / (HIGH - LOW)).clamp(0, 1)
+    rotations = ORIGINAL_CONTEXT * plain / (2 * math.pi)
+    kept = ((rotations - LOW) / (HIGH - LOW)).clamp(0, 1)
     return kept * plain + (1 - kept) * plain / FACTOR
 
 
-def rotations(shape: ModelShape, length: int, device: torch.device | None = None) -> torch.Tensor:
+def rope_cache(shape: ModelShape, length: int, device: torch.device | None = None) -> torch.Tensor:
     """Cosine and sine for every position, float32 [length, 2, head_dim / 2]."""
     positions = torch.arange(length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, frequencies(shape, device))
     return torch.stack((angles.cos(), angles.sin()), dim=1)
 
 
-def rotate(x_BLHD: torch.Tensor, rotations_LRD: torch.Tensor) -> torch.Tensor:
+def apply_rope(x_BLHD: torch.Tensor, cache_LRD: torch.Tensor) -> torch.Tensor:
     """Turns each pair of neighbouring channels by its angle, in float32; returns x's dtype.
 
     Args:
         x_BLHD: queries or keys [batch, length, heads, head_dim].
-        rotations_LRD: their `rotations`, float32 [length, 2, head_dim / 2] or [batch, length, 2, head_dim / 2].
+        cache_LRD: the rows of `rope_cache` of their positions, float32
+            [length, 2, head_dim / 2] or [batch, length, 2, head_dim / 2].
     """
-    cos, sin = rotations_LRD.unsqueeze(-3).unbind(-2)
+    cos, sin = cache_LRD.unsqueeze(-3).unbind(-2)
     even, odd = x_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BLHD.dtype)

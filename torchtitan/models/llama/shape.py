@@ -57,7 +57,12 @@ class ModelShape:
         return replace(FLAVORS[config.model.flavor], vocab_size=config.training.vocab_size, **own)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What differs between this shape and a recorded one, a phrase each; unrecorded values do not."""
+        """What differs between this shape and a recorded one, a phrase each; unrecorded values do not.
+
+        Only the rope scaling counts as `none` where it is not recorded: no weight shows it, and weights that were
+        trained without it are wrong with it.
+        """
+        other = {"rope_scaling": "none", **other}
         return [
             f"{name} is {other[name]} there and {value} here"
             for name, value in asdict(self).items()
