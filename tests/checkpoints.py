@@ -33,7 +33,7 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     a, b = read_checkpoint(one), read_checkpoint(other)
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
+    assert not different, different
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -96,10 +96,12 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(
         (1, []),
         (2, []),
         (2, ["--activation_checkpoint.mode", "full"]),
+        (2, ["--activation_checkpoint.mode", "attention"]),
         (2, ["--training.data_parallel_replicate_degree", "2"]),
         (1, ["--training.compile", "--activation_checkpoint.mode", "full"]),
+        (1, ["--training.compile", "--activation_checkpoint.mode", "attention"]),
     ],
-    ids=["one", "FSDP", "recompute", "HSDP", "compiled"],
+    ids=["one", "FSDP", "full", "attention", "HSDP", "compiled full", "compiled attention"],
 )
 def test_loss_and_gradients_are_the_plain_models(
     expected: dict[str, torch.Tensor], ranks: int, argv: list[str], tmp_path: Path

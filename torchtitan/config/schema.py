@@ -198,8 +198,9 @@ class Checkpoint(Table):
 class ActivationCheckpoint(Table):
     """Which activations the backward pass recomputes."""
 
-    mode: Literal["none", "full"] = "none"
-    """`full` keeps only each block's input and recomputes the rest; `none` keeps everything."""
+    mode: Literal["none", "attention", "full"] = "none"
+    """`full` keeps only each block's input and recomputes the rest; `attention` also keeps each attention's output,
+    which is worth its memory at long sequences; `none` keeps everything."""
 
 
 class Comm(Table):

@@ -3,12 +3,12 @@
 import hashlib
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.recompute import apply_recompute
 from torchtitan.models.llama.attention import choose_attention
 from torchtitan.models.llama.model import Transformer
 from torchtitan.models.llama.shape import ModelShape
@@ -26,10 +26,7 @@ def build_model(config: JobConfig, mesh: DeviceMesh, device: torch.device) -> Tr
         model = Transformer(ModelShape.from_config(config), attention, max_length=config.training.seq_len)
     # Each of the three wraps what stands before it, so this is their order.
     for index, block in enumerate(model.layers):
-        if config.activation_checkpoint.mode == "full":
-            # Nothing in the model is random, so there is no random state to restore.
-            block = checkpoint_wrapper(block, preserve_rng_state=False)
-            model.layers[index] = block
+        model.layers[index] = block = apply_recompute(block, config.activation_checkpoint.mode)
         if config.training.compile:
             # Without a kernel for packed documents there is a loop over them, which is not compiled.
             block.compile(fullgraph=not config.training.document_mask)
