@@ -28,7 +28,12 @@ def main(config: JobConfig) -> None:
         if first_to_report(str(error)):
             logger.error(f"error: {error}")
         sys.exit(1)
-    trainer.train()
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        if first_to_report(str(error)):
+            logger.error(f"error: {error}")
+        sys.exit(1)
     dist.destroy_process_group()
 
 

@@ -153,3 +153,13 @@ def test_malformed_rows(tmp_path: Path) -> None:
 def test_attention_that_cannot_run(tmp_path: Path) -> None:
     argv = (*SYNTHETIC, "--job.dump_folder", str(tmp_path), "--model.attention", "fa3")
     assert "flash-attention/hopper" in fails(*argv, status=1)
+
+
+def test_weights_that_are_lost(tmp_path: Path) -> None:
+    """A step that is not finite is neither reported nor saved."""
+    argv = (*SYNTHETIC, "--optimizer.lr", "1e30", "--training.steps", "9", "--training.warmup_steps", "0")
+    more = ("--job.dump_folder", str(tmp_path), "--checkpoint.interval", "1", "--model.dim", "32")
+    assert "the gradient's norm is nan" in fails(*argv, *more, "--metrics.log_freq", "100", status=1)
+    steps = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert steps == [f"step-{n + 1}" for n in range(len(steps))]
+    assert "step-9" not in steps

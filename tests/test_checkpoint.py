@@ -1,6 +1,7 @@
 """Saving, committing, retention, resuming, and the refusals of all that does not fit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,17 @@ def test_load_step(world: World, tmp_path: Path) -> None:
     assert aside == ["step-1", "step-2.superseded-1", "step-3.superseded-1"]
 
 
+def test_the_same_command_with_load_step_goes_on_from_what_it_has_written(world: World, tmp_path: Path) -> None:
+    saved(world, tmp_path, steps=(1, 2))
+    argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.load_step", "1")
+    config, model, optimizer = small_model(world, *argv)
+    resume(config, model, optimizer)
+    Checkpointer(config, model).save(5, DATA, optimizer)
+    found = Checkpointer(config, model).find()
+    assert found is not None
+    assert found.record["step"] == 5
+
+
 def test_load_step_without_any_checkpoint_is_no_fresh_start(world: World, tmp_path: Path) -> None:
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.load_step", "3")
     config, model, _ = small_model(world, *argv)
@@ -180,6 +192,31 @@ def test_a_damaged_record_is_named(world: World, tmp_path: Path) -> None:
     record.write_text(record.read_text()[:50])
     with pytest.raises(ValueError, match=r"checkpoint\.json cannot be read"):
         resume(*small_model(world, "--job.dump_folder", str(tmp_path)))
+
+
+def absent(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize("damage", [absent, cut_short])
+def test_a_damaged_file_of_weights_is_named(world: World, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    saved(world, tmp_path)
+    damage(tmp_path / "checkpoint/step-1/__0_0.distcp")
+    with pytest.raises(ValueError, match=r"step-1 is damaged and cannot be loaded \(\w+: "):
+        resume(*small_model(world, "--job.dump_folder", str(tmp_path)))
+
+
+def test_an_export_is_no_training_state(world: World, tmp_path: Path) -> None:
+    config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path))
+    Checkpointer(config, model).export(4)
+    argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.folder", "checkpoint/export")
+    config, model, _ = small_model(world, *argv)
+    with pytest.raises(ValueError, match=r"does not hold a training state.*init_from"):
+        Checkpointer(config, model).find()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

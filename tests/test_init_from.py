@@ -134,6 +134,9 @@ def test_places_without_weights(world: World, tmp_path: Path) -> None:
         start(world, tmp_path / "absent")
     with pytest.raises(ValueError, match="neither a DCP checkpoint nor steps of one"):
         start(world, tmp_path)
+    saved(world, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"nor steps of one; did you mean .*run/checkpoint\?"):
+        start(world, tmp_path / "run")
     (tmp_path / ".metadata").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="metadata cannot be read"):
         start(world, tmp_path)

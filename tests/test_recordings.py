@@ -1,5 +1,6 @@
 """Finding recordings, refusing what has not their columns, and the index of their lengths."""
 
+import logging
 import os
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from tests.helpers import Format, ids, random_recordings, write_recordings, writ
 from torchtitan.config.schema import Training
 from torchtitan.data.index import RecordingIndex, load_index
 from torchtitan.data.recordings import Recordings, open_recordings
+from torchtitan.data.windows import RecordedWindows
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = pa.list_(pa.list_(pa.uint8()))
@@ -160,6 +162,18 @@ class TestOpening:
             copy = pickle.loads(pickled)
             assert copy.description == recordings.description
             assert read_all(copy, index) == [counts.tolist() for counts in rows]
+
+    def test_splits_that_are_not_trained_on_are_named(
+        self, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+    ) -> None:
+        """A file's name may have put it into another split than its owner meant."""
+        pieces = {"mouse_train_01": random_recordings([(2, 3)]), "mouse_test_02": random_recordings([(2, 3), (4, 5)])}
+        folder = write_recordings(tmp_path / "named", pieces)
+        with warnings_logged.at_level(logging.INFO):
+            recordings, _ = opened(folder)
+        assert len(recordings) == 1
+        assert "further splits, which are not trained on: test (2 rows)" in warnings_logged.text
+        assert str(recordings.location) in RecordedWindows(*opened(folder), seq_len=4, vocab_size=256).describe()
 
 
 class TestRealRecordings:

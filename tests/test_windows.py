@@ -137,7 +137,7 @@ class TestWindows:
         source = windows_of(random_recordings([(3, 1000), (1, 6)]), seq_len=100)
         assert source.describe() == (
             "in memory: 2 recordings, 4,012 tokens, 40 windows an epoch, 11 tokens in the dropped tail, "
-            "fingerprint in memory"
+            "fingerprint in memory, in no folder"
         )
 
 

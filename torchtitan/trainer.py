@@ -1,6 +1,7 @@
 """The training run: built from a configuration, read from top to bottom."""
 
 import gc
+import math
 import os
 import tempfile
 import time
@@ -17,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.folders import Record
 from torchtitan.checkpoint.init_from import find_weights, load_weights
 from torchtitan.config import JobConfig, dump_toml
 from torchtitan.data.index import check_index, load_index
@@ -67,7 +69,7 @@ class Trainer:
         source = find_weights(self.model, config.checkpoint) if config.checkpoint.init_from and not found else None
         if found is not None:
             check_same_data(found.record["data"], self.data_state())
-            log_changes(found.record["config"], config)
+            log_changes(found.record, config, self.degrees)
             self.step, self.cursor = found.record["step"], found.record["data"]["cursor"]
         self.first_step = self.step + 1
 
@@ -101,6 +103,11 @@ class Trainer:
             f"MFU: {FORMULA}; peak {peak}",
         ):
             logger.info(line)
+        if training.warmup_steps >= training.steps:
+            logger.warning(
+                f"training.warmup_steps = {training.warmup_steps} is not less than training.steps = {training.steps}: "
+                "the learning rate never reaches optimizer.lr"
+            )
 
     def train(self) -> None:
         """Runs to the last step, or to `training.stop_after_step`, saving as configured."""
@@ -122,8 +129,10 @@ class Trainer:
                 self.step += 1
                 loss, grad_norm = self.train_step(batches)
                 self.cursor += self.degrees.global_batch_size
-                if self.is_logged(last_step):
-                    writer.write(self.report(loss, grad_norm))
+                if self.is_logged(last_step) or self.is_saved(last_step):
+                    norm = finite_norm(grad_norm, self.step)
+                    if self.is_logged(last_step):
+                        writer.write(self.report(loss, norm))
                 if self.step == self.first_step:
                     # Compilation and the start of the loader are over.
                     set_timeout(self.mesh, config.comm.train_timeout_seconds)
@@ -170,13 +179,11 @@ class Trainer:
         self.stopwatch.steps += 1
         return step_loss, grad_norm
 
-    def report(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> StepMetrics:
+    def report(self, loss: torch.Tensor, grad_norm: float) -> StepMetrics:
         """The metrics of the step just done. Steps without a report do not make the host wait for the device."""
         sums = torch.stack((loss.double(), torch.tensor(self.clipped_counts, dtype=torch.float64, device=loss.device)))
         dist.all_reduce(sums)
         mean_loss, clipped = sums.tolist()
-        assert isinstance(grad_norm, DTensor)
-        norm = float(grad_norm.full_tensor())
 
         steps, elapsed = self.stopwatch.steps, self.stopwatch.elapsed
         tokens = steps * self.tokens_per_step / self.world.size
@@ -187,7 +194,7 @@ class Trainer:
         metrics = StepMetrics(
             step=self.step,
             loss=mean_loss,
-            grad_norm=norm,
+            grad_norm=grad_norm,
             lr=learning_rate(self.step, self.config.optimizer, self.config.training),
             tokens_seen=self.cursor * self.config.training.seq_len,
             epoch=None if self.windows.num_windows is None else self.cursor / self.windows.num_windows,
@@ -248,15 +255,16 @@ class Trainer:
             "seed": training.seed,
             "shuffle": training.shuffle,
             "seq_len": training.seq_len,
+            "global_batch_size": self.degrees.global_batch_size,
         }
 
 
 def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises ValueError where a saved data cursor belongs to other data than the current one."""
     differences = [
-        f"{key} is {saved.get(key)} there and {value} here"
-        for key, value in current.items()
-        if key != "cursor" and saved.get(key) != value
+        f"{key} is {saved.get(key)} there and {current[key]} here"
+        for key in ("fingerprint", "split", "seed", "shuffle", "seq_len")
+        if saved.get(key) != current[key]
     ]
     if differences:
         raise ValueError(
@@ -265,8 +273,9 @@ def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def log_changes(saved: dict[str, dict[str, Any]], config: JobConfig) -> None:
-    """Names the keys that have other values than when the checkpoint was saved: allowed, but worth knowing."""
+def log_changes(record: Record, config: JobConfig, degrees: Degrees) -> None:
+    """Names what is other than when the checkpoint was saved: allowed, but worth knowing."""
+    saved = record["config"]
     changes = [
         f"{table}.{key} from {saved[table][key]} to {value}"
         for table, values in config.model_dump().items()
@@ -275,6 +284,24 @@ def log_changes(saved: dict[str, dict[str, Any]], config: JobConfig) -> None:
     ]
     if changes:
         logger.info(f"changed since the checkpoint: {', '.join(changes)}")
+    before, now = record["data"]["global_batch_size"], degrees.global_batch_size
+    if before != now:
+        logger.warning(
+            f"a step takes {now} sequences now and took {before} before: training.global_batch_size = {before} "
+            "keeps it on any number of processes"
+        )
+
+
+def finite_norm(grad_norm: torch.Tensor, step: int) -> float:
+    """The gradient's norm; raises FloatingPointError, on all ranks alike, where it is nan or infinite."""
+    assert isinstance(grad_norm, DTensor)
+    norm = float(grad_norm.full_tensor())
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {norm} at step {step}, so the weights are lost; go on from the newest checkpoint "
+            "with a lower optimizer.lr or other data"
+        )
+    return norm
 
 
 @contextmanager
@@ -306,7 +333,7 @@ def _open_windows(config: JobConfig, world: World, global_batch_size: int) -> Wi
     training = config.training
     recordings = index = None
     if training.dataset != "synthetic":
-        logger.info(f"opening {training.dataset_path or training.dataset}; the first time, its files are converted")
+        logger.info(f"opening {training.dataset_path or training.dataset}")
         with first_on_each_node(world):
             recordings = open_recordings(training)
         opened = recordings

@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 
 from torchtitan import __version__
 from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.folders import Record
 from torchtitan.checkpoint.state import (
     Tensors,
+    load_tensors,
     mismatches,
     model_tensors,
     optimizer_tensors,
@@ -83,10 +84,18 @@ class Checkpointer:
             raise ValueError(f"checkpoint.load_step = {wanted}: no complete checkpoint of it in {self.root}; {found}")
         if not steps:
             return None
-        folder = folders.step_folder(self.root, steps[-1] if wanted == -1 else wanted)
+        newest = self._read(steps[-1])
+        # What was written by a run that began at that very step is this run's own: the command is repeated.
+        own = newest.record["config"]["checkpoint"]["load_step"] == wanted
+        found = newest if wanted == -1 or own else self._read(wanted)
+        raise_mismatches(found.folder, self.model.shape.differences(found.record["model"]))
+        return found
+
+    def _read(self, step: int) -> Found:
+        folder = folders.step_folder(self.root, step)
         record = from_rank_zero(lambda: folders.read_record(folder), self.group)
-        assert record is not None
-        raise_mismatches(folder, self.model.shape.differences(record["model"]))
+        if record is None or record.get("kind") != "training":
+            raise ValueError(f"{folder} does not hold a training state; start from its weights: checkpoint.init_from")
         return Found(folder, record)
 
     def load(self, found: Found, optimizer: torch.optim.Optimizer) -> None:
@@ -103,7 +112,7 @@ class Checkpointer:
         raise_mismatches(found.folder, mismatches(state, training_stored))
         # On more ranks than it was saved on, the new ones keep the random state they have.
         random = {name: value for name, value in random_state().items() if name in stored}
-        dcp.load(state | random, storage_reader=FileSystemReader(found.folder), process_group=self.group)
+        load_tensors(state | random, found.folder, self.group)
         set_random_state(random)
         from_rank_zero(lambda: folders.set_aside_after(self.root, found.record["step"]), self.group)
         logger.info(f"resuming from {found.folder}")

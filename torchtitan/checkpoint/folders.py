@@ -122,5 +122,5 @@ def read_record(folder: Path) -> Record | None:
 
 def _step_folders(root: Path) -> list[tuple[int, Path]]:
     folders = root.iterdir() if root.is_dir() else ()
-    named = ((re.fullmatch(r"step-(\d+)", folder.name), folder) for folder in folders)
+    named = ((re.fullmatch(r"step-(0|[1-9]\d*)", folder.name), folder) for folder in folders)
     return [(int(name[1]), folder) for name, folder in named if name]

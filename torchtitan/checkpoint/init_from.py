@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 
 from torchtitan.checkpoint import folders
-from torchtitan.checkpoint.state import mismatches, model_tensors, raise_mismatches, stored_tensors
+from torchtitan.checkpoint.state import load_tensors, mismatches, model_tensors, raise_mismatches, stored_tensors
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.world import from_rank_zero
 from torchtitan.logging import logger
@@ -74,7 +72,7 @@ def load_weights(model: Transformer, source: Source) -> None:
     """Loads them into the model; those that are absent keep their initial values."""
     weights = {name.removeprefix("model."): tensor for name, tensor in model_tensors(model).items()}
     present = {source.prefix + name: tensor for name, tensor in weights.items() if name not in source.absent}
-    dcp.load(present, storage_reader=FileSystemReader(source.folder))
+    load_tensors(present, source.folder)
     widened = f", widened from {', '.join(source.narrow)} to float32" if source.narrow else ""
     random = f"; left at their random initial values: {', '.join(source.absent)}" if source.absent else ""
     logger.info(f"starting from the weights in {source.folder}{widened}{random}")
@@ -87,5 +85,7 @@ def _checkpoint_folder(given: Path) -> Path:
     steps = folders.complete_steps(given)
     if steps:
         return folders.step_folder(given, steps[-1])
+    inside = [folder for folder in given.glob("*") if folders.complete_steps(folder)]
+    hint = f"; did you mean {inside[0]}?" if inside else ""
     reason = "holds neither a DCP checkpoint nor steps of one" if given.is_dir() else "no such folder"
-    raise ValueError(f'checkpoint.init_from = "{given}": {reason}')
+    raise ValueError(f'checkpoint.init_from = "{given}": {reason}{hint}')

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
@@ -54,6 +56,22 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata | None]:
     except Exception as error:  # whatever a damaged pickle makes of itself
         raise ValueError(f"{folder}/.metadata cannot be read: {error}") from error
     return {name: entry if isinstance(entry, TensorStorageMetadata) else None for name, entry in stored.items()}
+
+
+def load_tensors(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Loads these tensors, in place, from a DCP checkpoint; each rank reads what it needs of them.
+
+    Raises:
+        ValueError: where a file of the checkpoint is absent or cannot be read.
+    """
+    try:
+        dcp.load(tensors, storage_reader=FileSystemReader(folder), process_group=group)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+        raise ValueError(
+            f"{folder} is damaged and cannot be loaded ({reason}); checkpoint.load_step goes back to an older step"
+        ) from error
 
 
 def mismatches(wanted: Tensors, stored: dict[str, TensorStorageMetadata | None], *, widen: bool = False) -> list[str]:

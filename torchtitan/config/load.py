@@ -97,7 +97,7 @@ def load_config(argv: list[str], checks: Iterable[Check] = ()) -> JobConfig:
         config = JobConfig.model_validate(values)
 
     rejected = {problem.key.removeprefix("--").partition(" = ")[0] for problem in problems}
-    for check in (_data_is_named, _checkpoint_keys_agree, *checks):
+    for check in (_data_is_named, _load_step_is_loaded, *checks):
         for key, message in check(config):
             if key not in rejected:
                 problems.append(Problem(source_of(key), key, message))
@@ -115,12 +115,9 @@ def _data_is_named(config: JobConfig) -> Iterable[tuple[str, str]]:
         yield "training.dataset_path", 'contradicts training.dataset = "synthetic", which is made on the fly'
 
 
-def _checkpoint_keys_agree(config: JobConfig) -> Iterable[tuple[str, str]]:
-    checkpoint = config.checkpoint
-    if checkpoint.load_step != -1 and not checkpoint.enable_checkpoint:
+def _load_step_is_loaded(config: JobConfig) -> Iterable[tuple[str, str]]:
+    if config.checkpoint.load_step != -1 and not config.checkpoint.enable_checkpoint:
         yield "checkpoint.load_step", "has no effect with checkpoint.enable_checkpoint = false"
-    if checkpoint.init_missing_keys and checkpoint.init_from is None:
-        yield "checkpoint.init_missing_keys", "has no effect without checkpoint.init_from"
 
 
 def _read_toml(path: str, problems: list[Problem]) -> Values:

@@ -121,7 +121,7 @@ class Training(Table):
     """Visit the windows of an epoch in a random order that depends on seed and epoch alone."""
     document_mask: bool = False
     """Keep attention within a recording, where a window spans several. Off: one causal window."""
-    num_workers: Annotated[int, Field(ge=0)] = 1
+    num_workers: Annotated[int, Field(ge=0, le=64)] = 1
     """Data loader processes per rank; 0 loads in the training process."""
     vocab_size: Annotated[int, Field(ge=3, le=256)] = 256
     """Number of tokens. The last one is BOS; counts that would reach it are clipped to vocab_size - 2."""
@@ -132,7 +132,7 @@ class Training(Table):
     global_batch_size: PositiveOrAuto = -1
     """Sequences an optimizer step, over all ranks; gradients are accumulated to reach it.
     -1: batch_size times the number of ranks."""
-    steps: PositiveInt = 1000
+    steps: Annotated[int, Field(gt=0, le=10**9)] = 1000
     """Optimizer steps of the whole run; the learning rate decays linearly to 0 over them."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of linear learning rate warm-up."""
@@ -183,12 +183,14 @@ class Checkpoint(Table):
     """`async` copies the state to host memory and writes it while training goes on; with pinned memory the copy
     is faster and its buffers stay allocated."""
     load_step: PositiveOrAuto = -1
-    """Step to resume from; it must exist. -1: the newest complete one, or a fresh start where there is none."""
+    """Step to resume from; it must exist. -1: the newest complete one, or a fresh start where there is none.
+    Newer steps are set aside; the same command again goes on from what it has written itself."""
     init_from: NonEmpty | None = None
     """Start from these weights where the run has no checkpoint yet: the folder of a DCP checkpoint, or a
     checkpoint folder, of which the newest step is taken."""
     init_missing_keys: list[NonEmpty] = []
-    """Weights that `init_from` may lack and that keep their random initialisation, e.g. `output.weight`."""
+    """Weights that `init_from` may lack and that keep their random initialisation, e.g. `output.weight`; on the
+    command line once for each."""
     model_weights_only: bool = False
     """After the last step, also write the weights alone to `export/step-N` in the checkpoint folder."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from torchtitan.config.schema import Training
 from torchtitan.data.tokens import Counts
+from torchtitan.logging import logger
 
 if TYPE_CHECKING:
     import datasets
@@ -41,6 +42,12 @@ class Recordings:
     def cache_key(self) -> str:
         """Hugging Face's fingerprint of the split: names the files, and changes when they do."""
         return str(self.dataset._fingerprint)
+
+    @property
+    def location(self) -> str:
+        """The folders of the Arrow files that are mapped."""
+        folders = sorted({str(Path(file["filename"]).parent) for file in self.dataset.cache_files})
+        return ", ".join(folders) or "no folder"
 
     def spike_counts(self, row: int, num_neurons: int, num_bins: int) -> Counts:
         """Counts of a row that the index found to be well-formed: a read-only view, uint8 [neurons, bins]."""
@@ -117,8 +124,10 @@ def open_recordings(training: Training) -> Recordings:
         raise ValueError(f'training.split = "{training.split}": {origin} has only {", ".join(splits)}')
     dataset = splits[training.split]
     _check_columns(dataset, origin)
-    folders = sorted({str(Path(file["filename"]).parent) for file in dataset.cache_files})
-    return Recordings(dataset, f"{origin}, split {training.split}, in {', '.join(folders) or 'memory'}")
+    others = ", ".join(f"{name} ({len(rows):,} rows)" for name, rows in splits.items() if name != training.split)
+    if others:
+        logger.info(f"{origin} has further splits, which are not trained on: {others}")
+    return Recordings(dataset, f"{origin}, split {training.split}")
 
 
 def _load_pile(name: str) -> tuple[dict[str, "datasets.Dataset"], str]:
@@ -183,7 +192,10 @@ def _check_columns(dataset: "datasets.Dataset", origin: str) -> None:
         found = schema.field(name).type
         if name == "spike_counts":
             if not _is_list(found) or not _is_list(found.value_type) or found.value_type.value_type != pa.uint8():
-                problems.append(f"column {name} has type {found}, not lists (neurons) of lists (bins) of uint8")
+                problems.append(
+                    f"column {name} has type {found}, not lists (neurons) of lists (bins) of uint8; "
+                    'dataset.cast_column("spike_counts", List(List(Value("uint8")))) converts it'
+                )
         elif not (pa.types.is_string(found) or pa.types.is_large_string(found)):
             problems.append(f"column {name} has type {found}, not string")
     if problems:

@@ -94,7 +94,7 @@ class RecordedWindows:
         return (
             f"{self.recordings.description}: {len(self.index.rows):,} recordings, {self.num_tokens:,} tokens, "
             f"{self.num_windows:,} windows an epoch, {self.tail:,} tokens in the dropped tail, "
-            f"fingerprint {self.fingerprint}"
+            f"fingerprint {self.fingerprint}, in {self.recordings.location}"
         )
 
 
