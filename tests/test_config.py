@@ -269,6 +269,12 @@ class TestContradictions:
         [problem] = problems_of(tmp_path, DATA, "--training.dataset_path", "somewhere")
         assert problem.startswith("command line: training.dataset_path: contradicts training.dataset")
 
+    def test_a_step_to_load_without_checkpoints(self, tmp_path: Path) -> None:
+        [problem] = problems_of(
+            tmp_path, DATA, "--checkpoint.load_step", "5", "--checkpoint.enable_checkpoint", "false"
+        )
+        assert "checkpoint.load_step: has no effect with checkpoint.enable_checkpoint = false" in problem
+
     def test_checks_of_the_caller_see_the_values_that_remain(self, tmp_path: Path) -> None:
         def more_warmup_than_steps(config: JobConfig) -> Iterable[tuple[str, str]]:
             if config.training.warmup_steps > config.training.steps:
