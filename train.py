@@ -9,6 +9,7 @@ import sys
 
 from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.distributed.degrees import check_degrees
+from torchtitan.distributed.launcher import end_with_launcher
 from torchtitan.logging import init_logger, logger
 from torchtitan.models.llama.shape import check_shape
 
@@ -38,6 +39,7 @@ def main(config: JobConfig) -> None:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     init_logger()
     try:
         config = load_config(sys.argv[1:], checks=[check_shape, check_degrees])

@@ -146,3 +146,10 @@ def test_missing_keys_that_are_no_weights(world: World, tmp_path: Path) -> None:
     dcp.save(weights(world), checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(ValueError, match=r"names no weights of the model: outputs\.weight"):
         start(world, tmp_path, "--checkpoint.init_missing_keys", "outputs.weight")
+
+
+def test_a_record_by_hand_adopts_weights_trained_with_scaling(world: World, tmp_path: Path) -> None:
+    expected = weights(world)
+    dcp.save(expected, checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "checkpoint.json").write_text('{"format": 1, "model": {"rope_scaling": "llama3.1"}}')
+    assert_equal(start(world, tmp_path, "--model.rope_scaling", "llama3.1"), expected)

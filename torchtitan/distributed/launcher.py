@@ -1,0 +1,22 @@
+"""What a process owes to the launcher that started it. Imports no torch."""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+"""`prctl`'s option: the signal that a process gets when its parent dies (linux/prctl.h)."""
+
+
+def end_with_launcher() -> None:
+    """Under torchrun on Linux: has the kernel end this process when torchrun dies, however it dies.
+
+    Workers run in sessions of their own and would otherwise go on training alone, into the folder of the run that is
+    started in their place.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before it could be asked for
+        sys.exit("torchrun has died")
