@@ -6,6 +6,7 @@ On several GPUs: `torchrun --nproc_per_node N train.py …`.
 
 import os
 import sys
+from typing import NoReturn
 
 from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.distributed.degrees import check_degrees
@@ -22,19 +23,20 @@ def main(config: JobConfig) -> None:
     from torchtitan.distributed.world import first_to_report, init_world
     from torchtitan.trainer import Trainer
 
+    def fail(error: Exception) -> NoReturn:
+        """What a user can mend needs no trace, and to be said once."""
+        if first_to_report(str(error)):
+            logger.error(f"error: {error}")
+        sys.exit(1)
+
     try:
         trainer = Trainer(config, init_world(config.comm.init_timeout_seconds))
     except ValueError as error:
-        # What a user can mend needs no trace, and to be said once.
-        if first_to_report(str(error)):
-            logger.error(f"error: {error}")
-        sys.exit(1)
+        fail(error)
     try:
         trainer.train()
-    except FloatingPointError as error:
-        if first_to_report(str(error)):
-            logger.error(f"error: {error}")
-        sys.exit(1)
+    except FloatingPointError as error:  # a ValueError here would be a bug, and its trace is wanted
+        fail(error)
     dist.destroy_process_group()
 
 

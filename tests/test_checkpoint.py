@@ -1,6 +1,7 @@
 """Saving, committing, retention, resuming, and the refusals of all that does not fit."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,8 @@ def test_the_same_command_with_load_step_goes_on_from_what_it_has_written(world:
     config, model, optimizer = small_model(world, *argv)
     resume(config, model, optimizer)
     Checkpointer(config, model).save(5, DATA, optimizer)
+    # Also when retention has removed the step that the command names.
+    shutil.rmtree(tmp_path / "checkpoint/step-1")
     found = Checkpointer(config, model).find()
     assert found is not None
     assert found.record["step"] == 5

@@ -22,7 +22,8 @@ class StepMetrics:
         lr: learning rate of the step.
         tokens_seen: tokens that all ranks have trained on since step 1.
         epoch: how often the data has been gone through, a fraction; None where it has no end.
-        tokens_per_second_per_gpu, seconds_per_step: since the last logged step.
+        tokens_per_second_per_gpu, seconds_per_step: since the last logged step or save, the session's first step
+            left out where there are others.
         mfu: FLOP/s over the GPU's peak, by the formula of `torchtitan.flops`; None where the peak is not known.
         data_wait_share: share of that time spent waiting for the loader.
         peak_reserved_gib: most memory that PyTorch has reserved on this GPU since the last logged step; None on a CPU.

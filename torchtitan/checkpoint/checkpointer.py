@@ -79,16 +79,19 @@ class Checkpointer:
         """
         steps = from_rank_zero(lambda: folders.tidy(self.root), self.group)
         wanted = self.config.load_step
-        if wanted != -1 and wanted not in steps:
-            found = f"there are {', '.join(map(str, steps))}" if steps else "there is no checkpoint at all"
-            raise ValueError(f"checkpoint.load_step = {wanted}: no complete checkpoint of it in {self.root}; {found}")
-        if not steps:
-            return None
-        newest = self._read(steps[-1])
-        # What was written by a run that began at that very step is this run's own: the command is repeated.
-        own = newest.record["config"]["checkpoint"]["load_step"] == wanted
-        found = newest if wanted == -1 or own else self._read(wanted)
-        raise_mismatches(found.folder, self.model.shape.differences(found.record["model"]))
+        found = self._read(steps[-1]) if steps else None
+        # What was written under the same load_step is this run's own: the command is repeated, and the step that it
+        # names may have been removed since.
+        own = found is not None and found.record["config"]["checkpoint"]["load_step"] == wanted
+        if wanted != -1 and not own:
+            if wanted not in steps:
+                there = f"there are {', '.join(map(str, steps))}" if steps else "there is no checkpoint at all"
+                raise ValueError(
+                    f"checkpoint.load_step = {wanted}: no complete checkpoint of it in {self.root}; {there}"
+                )
+            found = self._read(wanted)
+        if found is not None:
+            raise_mismatches(found.folder, self.model.shape.differences(found.record["model"]))
         return found
 
     def _read(self, step: int) -> Found:

@@ -70,7 +70,8 @@ def load_tensors(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None
         cause = next(iter(error.failures.values()))[0]
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
         raise ValueError(
-            f"{folder} is damaged and cannot be loaded ({reason}); checkpoint.load_step goes back to an older step"
+            f"{folder} is damaged and cannot be loaded ({reason}); take an older step, with checkpoint.load_step or "
+            "as the folder of checkpoint.init_from"
         ) from error
 
 

@@ -60,7 +60,7 @@ class RecordedWindows:
         self.recordings, self.index = recordings, index
         self.seq_len, self.vocab_size = seq_len, vocab_size
         self.ends = np.cumsum((index.neurons + 1) * index.bins)
-        self.num_tokens = int(self.ends[-1])
+        self.num_tokens = index.num_tokens
         self.num_windows: int | None = (self.num_tokens - 1) // seq_len
         self.tail = (self.num_tokens - 1) % seq_len
         self.fingerprint = index.fingerprint

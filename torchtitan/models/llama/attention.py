@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
-# From torch 2.12 on shared key and value heads must be announced; before, the keyword does not exist.
+# Newer versions of torch want shared key and value heads announced; 2.11 does not know the keyword.
 _VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
@@ -116,8 +116,10 @@ class Attention:
 
     def describe(self, device: torch.device, *, document_mask: bool) -> str:
         """Which kernels run, and why these, for the log."""
-        packed = "varlen_attn" if device.type == "cuda" else "one after another"
-        return f"{self.backend.title} ({self.reason})" + (f"; each recording by itself, {packed}" * document_mask)
+        chosen = f"{self.backend.title} ({self.reason})"
+        if not document_mask:
+            return chosen
+        return f"{chosen}; each recording by itself, {'varlen_attn' if device.type == 'cuda' else 'one after another'}"
 
     def __call__(
         self, q_BLHD: torch.Tensor, k_BLHD: torch.Tensor, v_BLHD: torch.Tensor, documents: Documents | None = None
