@@ -107,6 +107,8 @@ def build_loader(
         WindowDataset(source),
         batch_sampler=sampler,
         num_workers=num_workers,
+        # By now this process has threads, and a forked copy of one that holds a lock waits for it for ever.
+        multiprocessing_context="forkserver" if num_workers else None,
         collate_fn=_as_read,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
