@@ -13,10 +13,14 @@ from torchtitan.distributed.degrees import check_degrees
 from torchtitan.distributed.launcher import end_with_launcher
 from torchtitan.logging import init_logger, logger
 from torchtitan.models.llama.shape import check_shape
+from torchtitan.plan.choose import check_recompute
 
 
 def main(config: JobConfig) -> None:
     """Runs the configured training in the processes that were started for it."""
+    # Tensors of gigabytes come and go: segments that grow leave no gaps between them that nothing fits into.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
     import torch.distributed as dist
 
@@ -44,7 +48,7 @@ if __name__ == "__main__":
     end_with_launcher()
     init_logger()
     try:
-        config = load_config(sys.argv[1:], checks=[check_shape, check_degrees])
+        config = load_config(sys.argv[1:], checks=[check_shape, check_degrees, check_recompute])
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             logger.error(f"error: {error}")

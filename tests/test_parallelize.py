@@ -21,6 +21,10 @@ ARGUMENTS = ["--training.dataset", "synthetic", "--model.n_layers", "2", "--trai
 ARGUMENTS += ["--training.seq_len", str(LENGTH)]
 
 
+KEEP_ALL = ["--activation_checkpoint.mode", "attention", "--activation_checkpoint.projections_layers", "2"]
+KEEP_ALL += ["--activation_checkpoint.gate_up_layers", "2"]
+
+
 def build(config: JobConfig, world: World) -> Transformer:
     """The sharded model with its initial weights."""
     model = build_model(config, build_mesh(Degrees.of(config.training, world.size), world.device), world.device)
@@ -98,10 +102,16 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(
         (2, ["--activation_checkpoint.mode", "full"]),
         (2, ["--activation_checkpoint.mode", "attention"]),
         (2, ["--training.data_parallel_replicate_degree", "2"]),
+        (2, ["--activation_checkpoint.mode", "full", "--activation_checkpoint.offload_layers", "2"]),
+        (2, ["--training.reshard_after_forward", "false"]),
         (1, ["--training.compile", "--activation_checkpoint.mode", "full"]),
         (1, ["--training.compile", "--activation_checkpoint.mode", "attention"]),
+        (2, ["--training.compile", *KEEP_ALL, "--activation_checkpoint.offload_layers", "2"]),
     ],
-    ids=["one", "FSDP", "full", "attention", "HSDP", "compiled full", "compiled attention"],
+    ids=[
+        *("one", "FSDP", "full", "attention", "HSDP", "full, offloaded", "gathered once"),
+        *("compiled full", "compiled attention", "compiled, all kept and offloaded"),
+    ],
 )
 def test_loss_and_gradients_are_the_plain_models(
     expected: dict[str, torch.Tensor], ranks: int, argv: list[str], tmp_path: Path

@@ -27,6 +27,7 @@ from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import WindowOrder, WindowSource
 from torchtitan.distributed.degrees import Degrees
 from torchtitan.distributed.parallelize import build_model, init_weights
+from torchtitan.distributed.resolve import resolve_recompute
 from torchtitan.distributed.world import World, build_mesh, first_on_each_node, from_rank_zero, set_timeout
 from torchtitan.flops import FORMULA, peak_flops, training_flops
 from torchtitan.logging import logger
@@ -34,6 +35,7 @@ from torchtitan.metrics import MetricsWriter, StepMetrics, Stopwatch
 from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
 from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate
+from torchtitan.plan.choose import describe as describe_recompute
 from torchtitan.profiling import profiling
 
 
@@ -59,7 +61,8 @@ class Trainer:
         self.tokens_per_step = self.degrees.global_batch_size * training.seq_len
         self.windows = _open_windows(config, world, self.degrees.global_batch_size)
         self.mesh = build_mesh(self.degrees, world.device)
-        self.model = build_model(config, self.mesh, world.device)
+        self.recompute, self.recompute_reason = resolve_recompute(config, self.degrees, world)
+        self.model = build_model(config, self.mesh, world.device, self.recompute)
 
         # Whatever the run starts from is compared with the model before that takes memory.
         self.step = 0
@@ -88,7 +91,9 @@ class Trainer:
     def describe(self) -> None:
         """Logs what was chosen, and why."""
         config, training, mesh, shape = self.config, self.config.training, self.mesh, self.model.shape
-        dtype = training.mixed_precision_param
+        linear = training.mixed_precision_param
+        if config.float8.enable_float8_linear:
+            linear += f" and float8 ({config.float8.recipe}) linear"
         attention = self.model.attention.describe(self.world.device, document_mask=training.document_mask)
         peak = "unknown" if self.peak_flops is None else f"{self.peak_flops / 1e12:.0f} TFLOP/s"
         degrees = " × ".join(f"{n} {name}" for n, name in zip(mesh.shape, mesh.mesh_dim_names or (), strict=True))
@@ -96,8 +101,9 @@ class Trainer:
             f"model: {config.model.flavor}, {shape.num_params:,} parameters, "
             + ", ".join(f"{name} {value}" for name, value in asdict(shape).items()),
             f"attention: {attention}",
-            f"mesh: {degrees} on {self.world.device.type}; {dtype} compute over float32 weights, float32 reduction; "
-            f"recompute: {config.activation_checkpoint.mode}; compile: {training.compile}",
+            f"mesh: {degrees} on {self.world.device.type}; {linear} compute over float32 weights, float32 reduction; "
+            f"compile: {training.compile}",
+            f"recompute: {describe_recompute(self.recompute, shape.n_layers)} ({self.recompute_reason})",
             f"step: {self.degrees.global_batch_size} sequences of {training.seq_len:,} = {self.tokens_per_step:,} "
             f"tokens; {training.batch_size} a rank at once, {self.degrees.accumulation_steps} times",
             f"MFU: {FORMULA}; peak {peak}",

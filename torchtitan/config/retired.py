@@ -17,8 +17,8 @@ RETIRED_KEYS = {
     "print_args": "the resolved configuration is always written to the dump folder; remove the key",
     "fused": "AdamW is always fused; remove the key",
     "mixed_precision_reduce": "gradients are always reduced in float32; remove the key",
-    "enable_fsdp_float8_all_gather": "float8 training is not available in this version; remove the key",
-    "precompute_float8_dynamic_scale_for_fsdp": "float8 training is not available in this version; remove the key",
-    "scale_for_fsdp": "float8 training is not available in this version; remove the key",
+    "enable_fsdp_float8_all_gather": "weights are gathered in bf16, hidden behind computing; remove the key",
+    "precompute_float8_dynamic_scale_for_fsdp": "weights are gathered in bf16, hidden behind computing; remove the key",
+    "scale_for_fsdp": "weights are gathered in bf16, hidden behind computing; remove the key",
     "trace_buf_size": "set the environment variable TORCH_NCCL_TRACE_BUFFER_SIZE instead; remove the key",
 }

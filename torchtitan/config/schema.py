@@ -22,12 +22,6 @@ def _inside_the_dump_folder(value: str) -> str:
     return value
 
 
-def _not_available(value: bool) -> bool:
-    if value:
-        raise ValueError("is not available in this version; set it to false")
-    return value
-
-
 PositiveOrAuto = Annotated[int, AfterValidator(_positive_or_minus_one)]
 SubFolder = Annotated[str, AfterValidator(_inside_the_dump_folder)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -153,6 +147,9 @@ class Training(Table):
     """HSDP: number of groups of ranks that hold a whole copy of the model each."""
     data_parallel_shard_degree: PositiveOrAuto = -1
     """FSDP: number of ranks that a copy is sharded over. -1: all ranks that remain."""
+    reshard_after_forward: bool = True
+    """FSDP: free a block's gathered weights after its forward pass and gather them again for its backward pass.
+    `false` keeps the model's weights gathered, in bf16, which pays where short sequences do not hide the gathers."""
     gc_freq: PositiveInt = 50
     """Python's garbage collector runs every that many steps, and never inside one."""
 
@@ -200,9 +197,21 @@ class Checkpoint(Table):
 class ActivationCheckpoint(Table):
     """Which activations the backward pass recomputes."""
 
-    mode: Literal["none", "attention", "full"] = "none"
+    mode: Literal["none", "attention", "full", "auto"] = "none"
     """`full` keeps only each block's input and recomputes the rest; `attention` also keeps each attention's output,
-    which is worth its memory at long sequences; `none` keeps everything."""
+    which is worth its memory at long sequences; `none` keeps everything. `auto` takes what the memory plan
+    (`python -m torchtitan.plan`) finds fastest for the GPU's and the host's memory, and sets the three keys below."""
+    projections_layers: Annotated[int, Field(ge=0)] = 0
+    """Beyond `attention`: that many last blocks also keep their q, k, v and output projections."""
+    gate_up_layers: Annotated[int, Field(ge=0)] = 0
+    """Beyond `attention`: that many last blocks also keep their feed-forward's gate and up projections."""
+    offload_layers: Annotated[int, Field(ge=0)] = 0
+    """That many first blocks have what they keep copied to host memory until their backward pass."""
+    device_memory_gib: PositiveFloat | None = None
+    """For `auto`: GPU memory to plan with, in GiB. Not set: the GPU's, less 6 % for what is not PyTorch's."""
+    host_memory_gib: Annotated[float, Field(ge=0)] | None = None
+    """For `auto`: host memory that one process may take for offloading, in GiB. Not set: 80 % of what is free,
+    shared by the processes of the node."""
 
 
 class Comm(Table):
@@ -232,10 +241,13 @@ class Profiling(Table):
 
 
 class Float8(Table):
-    """Float8 training."""
+    """Float8 training with torchao, which has to be installed for it."""
 
-    enable_float8_linear: Annotated[bool, AfterValidator(_not_available)] = False
-    """Float8 linear layers: not available in this version."""
+    enable_float8_linear: bool = False
+    """Compute the blocks' linear layers in float8, with scales taken anew in every step."""
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """torchao's recipe: one scale a tensor, which is the fastest; one a row, which is the more exact; or one a row
+    with weight gradients in bf16."""
 
 
 class JobConfig(BaseModel):

@@ -32,9 +32,11 @@ class Degrees:
         return cls(replicate, max(1, num_ranks // replicate) if shard == -1 else shard, batch, batch // at_once)
 
 
-def check_degrees(config: JobConfig) -> Iterator[tuple[str, str]]:
-    """Degrees that do not fit the number of processes that torchrun started: a check for `load_config`."""
-    training, num_ranks = config.training, int(os.environ.get("WORLD_SIZE", "1"))
+def check_degrees(config: JobConfig, num_ranks: int | None = None) -> Iterator[tuple[str, str]]:
+    """Degrees that do not fit a number of processes, by default torchrun's: a check for `load_config`."""
+    training = config.training
+    if num_ranks is None:
+        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     degrees = Degrees.of(training, num_ranks)
     if degrees.replicate * degrees.shard != num_ranks:
         yield (

@@ -7,37 +7,49 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan.config.schema import JobConfig
-from torchtitan.distributed.recompute import apply_recompute
+from torchtitan.config.schema import ActivationCheckpoint, JobConfig
+from torchtitan.distributed.float8 import convert_linears
+from torchtitan.distributed.offload import HostOffload, OffloadedBlock
+from torchtitan.distributed.recompute import apply_recompute, kept_by_layer
 from torchtitan.models.llama.attention import choose_attention
 from torchtitan.models.llama.model import Transformer
 from torchtitan.models.llama.shape import ModelShape
 
 
-def build_model(config: JobConfig, mesh: DeviceMesh, device: torch.device) -> Transformer:
+def build_model(
+    config: JobConfig, mesh: DeviceMesh, device: torch.device, recompute: ActivationCheckpoint | None = None
+) -> Transformer:
     """The configured model for `device`, sharded, still without memory: `init_weights` gives it that.
 
+    `recompute` stands for the configuration's own, which may be `auto`.
+
     Raises:
-        ValueError: where the attention that was asked for cannot run.
+        ValueError: where the attention or the float8 layers that were asked for cannot run.
     """
     compute_dtype = getattr(torch, config.training.mixed_precision_param)
     attention = choose_attention(config.model.attention, device, compute_dtype)
     with torch.device("meta"):
         model = Transformer(ModelShape.from_config(config), attention, max_length=config.training.seq_len)
-    # Each of the three wraps what stands before it, so this is their order.
-    for index, block in enumerate(model.layers):
-        model.layers[index] = block = apply_recompute(block, config.activation_checkpoint.mode)
-        if config.training.compile:
-            # Without a kernel for packed documents there is a loop over them, which is not compiled.
-            block.compile(fullgraph=not config.training.document_mask)
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
         # The embedding already gives activations of that precision, and the rotary table must keep its own.
         cast_forward_inputs=False,
     )
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+    if config.float8.enable_float8_linear:
+        convert_linears(model.layers, config.float8, device)
+    recompute = recompute or config.activation_checkpoint
+    offload = HostOffload(device) if recompute.offload_layers else None
+    # Each wraps what stands before it, so this is their order.
+    for index, kept in enumerate(kept_by_layer(recompute, len(model.layers))):
+        block = apply_recompute(model.layers[index], kept)
+        if config.training.compile:
+            # Without a kernel for packed documents there is a loop over them, which is not compiled.
+            block.compile(fullgraph=not config.training.document_mask)
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=config.training.reshard_after_forward)
+        if offload is not None:
+            block = OffloadedBlock(block, offload, index, parks=index < recompute.offload_layers)
+        model.layers[index] = block
     fully_shard(model, mesh=mesh, mp_policy=precision)
     return model
 

@@ -1,0 +1,1 @@
+"""What a run will take, worked out before it takes it: memory, time, and the recomputation that fits. No torch."""
