@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from torchtitan.config import load_config
 from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.distributed.degrees import Degrees
 from torchtitan.plan.costs import GIB, Step, memory, time
 from torchtitan.plan.hardware import find_gpu
 
@@ -25,14 +26,8 @@ def load_results() -> dict[str, dict[str, Any]]:
 def planned(result: dict[str, Any]) -> tuple[float, float]:
     """Seconds a step and GiB of the GPU that the plan expects for a result's configuration."""
     config = load_config(result["command"].partition(" -- ")[2].split())
-    step = Step.of(
-        config,
-        shards=result["num_gpus"],
-        replicas=1,
-        passes=1,
-        gpus_per_node=result["num_gpus"],
-        lengths=result["document_lengths"],
-    )
+    degrees = Degrees.of(config.training, result["num_gpus"])
+    step = Step.of(config, degrees, result["num_gpus"], result["document_lengths"])
     recompute, gpu = ActivationCheckpoint(**result["activation_checkpoint"]), find_gpu(result["gpu"])
     assert gpu is not None, result["gpu"]
     return time(step, recompute, gpu).total, memory(step, recompute).device / GIB

@@ -27,7 +27,6 @@ from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import WindowOrder, WindowSource
 from torchtitan.distributed.degrees import Degrees
 from torchtitan.distributed.parallelize import build_model, init_weights
-from torchtitan.distributed.resolve import resolve_recompute
 from torchtitan.distributed.world import World, build_mesh, first_on_each_node, from_rank_zero, set_timeout
 from torchtitan.flops import FORMULA, peak_flops, training_flops
 from torchtitan.logging import logger
@@ -36,6 +35,7 @@ from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
 from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate
 from torchtitan.plan.choose import describe as describe_recompute
+from torchtitan.plan.resolve import resolve_recompute
 from torchtitan.profiling import profiling
 
 

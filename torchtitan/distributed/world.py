@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.distributed.degrees import Degrees
+from torchtitan.distributed.numa import bind_to_gpu
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ def init_world(timeout_seconds: int) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        bind_to_gpu(device)
         # gloo beside NCCL: objects and checkpoints travel between the hosts without touching a GPU.
         backend, device_id = "cpu:gloo,cuda:nccl", device
     else:

@@ -39,13 +39,7 @@ def main(argv: list[str]) -> None:
     degrees = Degrees.of(config.training, arguments.gpus)
     gpu = GPUS[arguments.gpu]
     per_node = min(arguments.gpus, arguments.gpus_per_node)
-    step = Step.of(
-        config,
-        shards=degrees.shard,
-        replicas=degrees.replicate,
-        passes=degrees.accumulation_steps,
-        gpus_per_node=per_node,
-    )
+    step = Step.of(config, degrees, per_node)
     limits = Limits.of(config.activation_checkpoint, gpu.memory_gib, gpu.host_memory_gib)
     chosen = choose(step, gpu, limits)
     shape = step.shape

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchtitan.config.schema import ActivationCheckpoint, JobConfig
+from torchtitan.distributed.degrees import Degrees
 from torchtitan.models.llama.shape import ModelShape
 from torchtitan.plan.hardware import GPU
 
@@ -59,14 +60,7 @@ class Step:
 
     @classmethod
     def of(
-        cls,
-        config: JobConfig,
-        *,
-        shards: int,
-        replicas: int,
-        passes: int,
-        gpus_per_node: int,
-        lengths: Sequence[int] | None = None,
+        cls, config: JobConfig, degrees: Degrees, gpus_per_node: int, lengths: Sequence[int] | None = None
     ) -> "Step":
         """A configuration's step. `lengths` of the documents in a sequence; None: each sequence is one."""
         training = config.training
@@ -74,9 +68,9 @@ class Step:
             shape=ModelShape.from_config(config),
             tokens=training.batch_size * training.seq_len,
             lengths=tuple(lengths or [training.seq_len]) * training.batch_size,
-            passes=passes,
-            shards=shards,
-            replicas=replicas,
+            passes=degrees.accumulation_steps,
+            shards=degrees.shard,
+            replicas=degrees.replicate,
             gpus_per_node=gpus_per_node,
             compute_bytes=2 if training.mixed_precision_param == "bfloat16" else 4,
             float8=config.float8.enable_float8_linear,

@@ -31,13 +31,7 @@ def resolve_recompute(config: JobConfig, degrees: Degrees, world: World) -> tupl
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
     device_gib, host_gib = found.tolist()
     limits = Limits.of(configured, device_gib, host_gib)
-    step = Step.of(
-        config,
-        shards=degrees.shard,
-        replicas=degrees.replicate,
-        passes=degrees.accumulation_steps,
-        gpus_per_node=per_node,
-    )
+    step = Step.of(config, degrees, per_node)
     # An unknown GPU is taken to be as fast as this one: what is chosen depends on memory above all.
     gpu = find_gpu(properties.name) or replace(H200, memory_gib=device_gib)
     choice = choose(step, gpu, limits)
