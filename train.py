@@ -13,7 +13,7 @@ from torchtitan.distributed.degrees import check_degrees
 from torchtitan.distributed.launcher import end_with_launcher
 from torchtitan.logging import init_logger, logger
 from torchtitan.models.llama.shape import check_shape
-from torchtitan.plan.choose import check_recompute
+from torchtitan.plan.check import check_recompute
 
 
 def main(config: JobConfig) -> None:
@@ -39,7 +39,7 @@ def main(config: JobConfig) -> None:
         fail(error)
     try:
         trainer.train()
-    except FloatingPointError as error:  # a ValueError here would be a bug, and its trace is wanted
+    except (FloatingPointError, MemoryError) as error:  # a ValueError here would be a bug, and its trace is wanted
         fail(error)
     dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Writes the tables of docs/performance.md from the results: `python -m benchmarks.table`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def load_results() -> dict[str, dict[str, Any]]:
 
 def planned(result: dict[str, Any]) -> tuple[float, float]:
     """Seconds a step and GiB of the GPU that the plan expects for a result's configuration."""
-    config = load_config(result["command"].partition(" -- ")[2].split())
+    config = load_config(shlex.split(result["command"].partition(" -- ")[2]))
     degrees = Degrees.of(config.training, result["num_gpus"])
     step = Step.of(config, degrees, result["num_gpus"], result["document_lengths"])
     recompute, gpu = ActivationCheckpoint(**result["activation_checkpoint"]), find_gpu(result["gpu"])
@@ -46,15 +47,18 @@ def measured_table() -> str:
     for name, result in load_results().items():
         seconds, gib = planned(result)
         ratio, mfu = result["kernel_sum_ratio"], result["mfu_causal"]
+        reference = None if result["float8"] else result["reference_kernel_sum_seconds"]
         rows.append(
             {
                 "result": name,
                 "tokens": f"{result['batch_size']} × {result['seq_len']:,}",
                 "recompute": recompute_in_short(result),
                 "tokens/s/GPU": f"{result['tokens_per_second_per_gpu']:,.0f}",
+                "steps": len(result["steps"]),
                 "s/step": f"{result['step_seconds']:.2f}",
                 "plan": f"{seconds:.2f}",
-                "of the kernels": "" if ratio is None else f"{ratio:.3f}",
+                "of the kernels": "" if ratio is None or result["float8"] else f"{ratio:.3f}",
+                "elsewhere": "" if reference is None else f"{result['step_seconds'] / reference:.3f}",
                 "MFU": "" if mfu is None else f"{mfu:.1%}",
                 "GiB": f"{result['peak_reserved_gib']:.1f}",
                 "plan ": f"{gib:.1f}",

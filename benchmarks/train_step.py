@@ -152,7 +152,7 @@ def main() -> None:
         trainer = Trainer(config, world)
         measured = measure(trainer, arguments)
 
-    training, shape, recompute = config.training, trainer.model.shape, trainer.recompute
+    training, shape, recompute = config.training, trainer.model.shape, trainer.config.activation_checkpoint
     lengths = arguments.document_lengths or [training.seq_len]
     tokens = training.batch_size * training.seq_len * trainer.degrees.accumulation_steps
     attention, documents = trainer.model.attention, None

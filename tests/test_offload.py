@@ -55,8 +55,15 @@ def train(model: nn.Module, steps: int, micro_batches: int = 1) -> list[torch.Te
 @pytest.mark.parametrize("num_parking", [1, 3, 5])
 @pytest.mark.parametrize(
     ("kept", "compiled"),
-    [(None, False), (frozenset(), False), (frozenset(), True), (frozenset(ALL[:1]), True), (frozenset(ALL), True)],
-    ids=["none", "full", "compiled full", "compiled attention", "compiled all"],
+    [
+        (None, False),
+        (None, True),
+        (frozenset(), False),
+        (frozenset(), True),
+        (frozenset(ALL[:1]), True),
+        (frozenset(ALL), True),
+    ],
+    ids=["none", "compiled none", "full", "compiled full", "compiled attention", "compiled all"],
 )
 def test_training_is_bit_for_bit_that_without_it(kept: frozenset[str] | None, compiled: bool, num_parking: int) -> None:
     plain = train(build(kept, compiled=compiled), steps=3, micro_batches=2)
@@ -65,3 +72,24 @@ def test_training_is_bit_for_bit_that_without_it(kept: frozenset[str] | None, co
     parked = train(model, steps=3, micro_batches=2)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parked, plain, strict=True))
     assert offload.memory.allocated > 0
+
+
+def test_buffers_are_used_again() -> None:
+    """By the next step, and after a forward pass that was for nothing."""
+    model = build(frozenset())
+    offload = offloaded(model, 5)
+    train(model, steps=1)
+    allocated = offload.memory.allocated
+    tokens = torch.randint(256, (2, LENGTH))
+    for _ in range(3):
+        model(tokens)
+    train(model, steps=2)
+    assert offload.memory.allocated == allocated
+
+
+def test_nothing_is_parked_without_gradients() -> None:
+    model = build(frozenset())
+    offload = offloaded(model, 5)
+    with torch.no_grad():
+        model(torch.randint(256, (2, LENGTH)))
+    assert offload.memory.allocated == 0

@@ -11,8 +11,9 @@ from benchmarks.table import load_results, planned
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.degrees import Degrees
-from torchtitan.plan.choose import Limits, check_recompute, choose, evaluate
-from torchtitan.plan.costs import Step, memory, time
+from torchtitan.plan.check import check_recompute
+from torchtitan.plan.choose import Limits, choose, evaluate
+from torchtitan.plan.costs import Step, communication_bytes, memory, time
 from torchtitan.plan.hardware import GPUS, H200, find_gpu
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +78,20 @@ def test_auto_is_the_fastest_of_all_that_fit(device_gib: float, host_gib: float)
     fitting = [each for each in (evaluate(step, one, H200, limits) for one in grid) if each.fits]
     if fitting:
         assert limits.hold(chosen.memory)
-        # Projections first is a rule of thumb: it may miss the best by this much.
-        assert chosen.time.total <= 1.003 * min(each.time.total for each in fitting)
+        # Half a percent is given for less host memory; projections first is a rule of thumb.
+        assert chosen.time.total <= 1.008 * min(each.time.total for each in fitting)
+
+
+def test_where_nothing_fits_the_host_is_spared() -> None:
+    chosen = choose(step_of(), H200, Limits(40, 0))
+    assert not chosen.fits
+    assert chosen.recompute == ActivationCheckpoint(mode="full")
+
+
+def test_replicas_talk_over_the_network() -> None:
+    """A gradient's reduce-scatter and all-gather among nine nodes, of a quarter of the weights, in fp32."""
+    step = step_of("--training.data_parallel_replicate_degree", "9", gpus=36)
+    assert communication_bytes(step)[1] == pytest.approx(2 * 4 * 6_981_685_248 / 4 * 8 / 9)
 
 
 def test_without_compilation_only_inputs_are_offloaded() -> None:

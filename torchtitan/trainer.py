@@ -61,8 +61,9 @@ class Trainer:
         self.tokens_per_step = self.degrees.global_batch_size * training.seq_len
         self.windows = _open_windows(config, world, self.degrees.global_batch_size)
         self.mesh = build_mesh(self.degrees, world.device)
-        self.recompute, self.recompute_reason = resolve_recompute(config, self.degrees, world)
-        self.model = build_model(config, self.mesh, world.device, self.recompute)
+        recompute, self.recompute_reason = resolve_recompute(config, self.degrees, world)
+        config = self.config = config.model_copy(update={"activation_checkpoint": recompute})
+        self.model = build_model(config, self.mesh, world.device)
 
         # Whatever the run starts from is compared with the model before that takes memory.
         self.step = 0
@@ -103,7 +104,7 @@ class Trainer:
             f"attention: {attention}",
             f"mesh: {degrees} on {self.world.device.type}; {linear} compute over float32 weights, float32 reduction; "
             f"compile: {training.compile}",
-            f"recompute: {describe_recompute(self.recompute, shape.n_layers)} ({self.recompute_reason})",
+            f"recompute: {describe_recompute(config.activation_checkpoint, shape.n_layers)} ({self.recompute_reason})",
             f"step: {self.degrees.global_batch_size} sequences of {training.seq_len:,} = {self.tokens_per_step:,} "
             f"tokens; {training.batch_size} a rank at once, {self.degrees.accumulation_steps} times",
             f"MFU: {FORMULA}; peak {peak}",

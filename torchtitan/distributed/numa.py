@@ -7,7 +7,7 @@ import torch
 
 
 def bind_to_gpu(device: torch.device) -> None:
-    """Moves this process, the threads it starts and the host memory it fills to the NUMA node of its GPU.
+    """Moves this thread, those it starts and the host memory that they fill to the NUMA node of the GPU.
 
     Where the system does not tell which that is, or leaves the process none of its cores, nothing changes.
     """
@@ -23,11 +23,16 @@ def cores_beside(pci_address: str, system: Path = Path("/sys")) -> set[int]:
     """The cores of the NUMA node that a PCI device is attached to; empty where that is not known."""
     try:
         node = int((system / "bus/pci/devices" / pci_address / "numa_node").read_text())
-        ranges = (system / f"devices/system/node/node{node}/cpulist").read_text().strip()
+        ranges = (system / f"devices/system/node/node{node}/cpulist").read_text()
     except (OSError, ValueError):  # a node of -1 has no folder
         return set()
-    cores: set[int] = set()
-    for part in filter(None, ranges.split(",")):
+    return read_ranges(ranges)
+
+
+def read_ranges(text: str) -> set[int]:
+    """The numbers in a list as Linux writes it: `0-3,8`."""
+    numbers: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
-        cores.update(range(int(first), int(last or first) + 1))
-    return cores
+        numbers.update(range(int(first), int(last or first) + 1))
+    return numbers

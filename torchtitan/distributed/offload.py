@@ -108,6 +108,8 @@ class HostOffload:
 
     def open_shelf(self, *, bottom: bool) -> Shelf:
         """For the block whose forward pass begins now; `bottom`: it is the model's first."""
+        if bottom:
+            self.clear()
         self.top = shelf = Shelf(below=None if bottom else self.top)
         two_below = shelf.below.below if shelf.below else None
         if two_below and two_below.parked:
@@ -115,6 +117,16 @@ class HostOffload:
             for parked in two_below.parked.values():
                 parked.on_device = None
         return shelf
+
+    def clear(self) -> None:
+        """Takes back the buffers of a forward pass that no backward pass has followed."""
+        shelf = self.top
+        while shelf:
+            for parked in shelf.parked.values():
+                if parked.on_host is not None:
+                    self.memory.give_back(parked.on_host)
+                    parked.on_host = None
+            shelf = shelf.below
 
     def park(self, shelf: Shelf, tensor: torch.Tensor) -> View:
         """Starts the copy of a tensor's storage, unless another view of it is parked already."""
@@ -138,7 +150,7 @@ class HostOffload:
         shelf.fetched = True
         self.copies.wait_stream(self.streams.current_stream())
         for parked in shelf.parked.values():
-            assert parked.on_host is not None
+            assert parked.on_host is not None, "another forward pass has begun before this one's backward pass"
             if parked.on_device is None:
                 parked.on_device = torch.empty_like(parked.on_host, device=self.device, pin_memory=False)
                 with self.streams.stream(self.copies):

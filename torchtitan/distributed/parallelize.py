@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan.config.schema import ActivationCheckpoint, JobConfig
+from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.float8 import convert_linears
 from torchtitan.distributed.offload import HostOffload, OffloadedBlock
 from torchtitan.distributed.recompute import apply_recompute, kept_by_layer
@@ -16,12 +16,8 @@ from torchtitan.models.llama.model import Transformer
 from torchtitan.models.llama.shape import ModelShape
 
 
-def build_model(
-    config: JobConfig, mesh: DeviceMesh, device: torch.device, recompute: ActivationCheckpoint | None = None
-) -> Transformer:
+def build_model(config: JobConfig, mesh: DeviceMesh, device: torch.device) -> Transformer:
     """The configured model for `device`, sharded, still without memory: `init_weights` gives it that.
-
-    `recompute` stands for the configuration's own, which may be `auto`.
 
     Raises:
         ValueError: where the attention or the float8 layers that were asked for cannot run.
@@ -38,7 +34,7 @@ def build_model(
     )
     if config.float8.enable_float8_linear:
         convert_linears(model.layers, config.float8, device)
-    recompute = recompute or config.activation_checkpoint
+    recompute = config.activation_checkpoint
     offload = HostOffload(device) if recompute.offload_layers else None
     # Each wraps what stands before it, so this is their order.
     for index, kept in enumerate(kept_by_layer(recompute, len(model.layers))):

@@ -15,7 +15,8 @@ from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.degrees import Degrees, check_degrees
 from torchtitan.flops import training_flops
 from torchtitan.models.llama.shape import check_shape
-from torchtitan.plan.choose import Choice, Limits, check_recompute, choose, describe, evaluate
+from torchtitan.plan.check import check_recompute
+from torchtitan.plan.choose import Choice, Limits, choose, describe, evaluate
 from torchtitan.plan.costs import GIB, Step, communication_bytes
 from torchtitan.plan.hardware import GPUS
 
@@ -25,10 +26,10 @@ SECONDS_A_DAY = 86_400
 def main(argv: list[str]) -> None:
     """Prints the plan; exits with 2 where the configuration is wrong."""
     parser = argparse.ArgumentParser(prog="python -m torchtitan.plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("config", help="TOML file of the run")
-    parser.add_argument("--gpus", type=_positive, required=True, help="number of GPUs of the run")
+    parser.add_argument("config", help="TOML file of the run; overrides stand behind it")
+    parser.add_argument("--gpus", type=positive_int, required=True, help="number of GPUs of the run")
     parser.add_argument("--gpu", choices=GPUS, required=True, help="their kind")
-    parser.add_argument("--gpus-per-node", type=_positive, default=4, help="of them in one node (default 4)")
+    parser.add_argument("--gpus-per-node", type=positive_int, default=4, help="of them in one node (default 4)")
     arguments, overrides = parser.parse_known_args(argv)
     try:
         checks = [check_shape, check_recompute, partial(check_degrees, num_ranks=arguments.gpus)]
@@ -49,14 +50,16 @@ def main(argv: list[str]) -> None:
         f"{arguments.config}: {config.model.flavor}, {shape.num_params:,} parameters, on {arguments.gpus} × "
         f"{arguments.gpu}, {degrees.global_batch_size} sequences of {config.training.seq_len:,} tokens a step\n"
         f"A step: {tokens:,} tokens; a GPU computes {flops / 1e15:.2f} PFLOP, recomputation not counted, and sends "
-        f"{communication_bytes(step) * step.passes / 1e9:.1f} GB\n"
+        f"{sum(communication_bytes(step)) * step.passes / 1e9:.1f} GB\n"
     )
     print(table(config, step, list(rows(step, chosen, limits, arguments.gpu)), per_node, tokens))
     print(
         f"\nGiB of a GPU (limit {limits.device_gib:.0f}) and of host memory a node (limit "
         f"{limits.host_gib * per_node:.0f}), seconds a step.\n"
-        f'"auto" would take, and log: {describe(chosen.recompute, shape.n_layers)}.'
+        f'"auto" takes, with that much of the host free: {describe(chosen.recompute, shape.n_layers)}.'
     )
+    if config.training.document_mask:
+        print("Attention is counted over whole windows; with training.document_mask a step takes less.")
     if not chosen.fits:
         print("Nothing fits: take more GPUs, a shorter training.seq_len, or a smaller model.")
 
@@ -88,7 +91,7 @@ def table(config: JobConfig, step: Step, choices: list[tuple[str, Choice]], per_
                 "states": needed.states / GIB,
                 "gathered": needed.gathered / GIB,
                 "kept": needed.kept / GIB,
-                "temporary": needed.temporaries / GIB,
+                "temporaries": needed.temporaries / GIB,
                 "host a node": needed.host * per_node / GIB,
                 "s/step": seconds,
                 "tokens/s/GPU": step.tokens * step.passes / seconds,
@@ -101,7 +104,7 @@ def table(config: JobConfig, step: Step, choices: list[tuple[str, Choice]], per_
     return tabulate(lines, headers="keys", floatfmt=formats)
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from torchtitan.config.schema import ActivationCheckpoint, JobConfig
-from torchtitan.models.llama.shape import ModelShape
+from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.plan.costs import GIB, Memory, Step, Time, memory, time
 from torchtitan.plan.hardware import GPU
 
-DEVICE_SHARE = 0.94
+DEVICE_SHARE = 0.9
 """Of the GPU's memory, for PyTorch; CUDA, NCCL and the plan's own error take the rest."""
-HOST_SHARE = 0.8
-"""Of the host's free memory, for activations."""
+HOST_SHARE = 0.6
+"""Of the host's free memory, for activations; checkpoints on their way to the disk and the files' cache need some."""
+NEGLIGIBLE = 0.005
+"""Share of a step's time for which more host memory is not taken."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,18 @@ def evaluate(step: Step, recompute: ActivationCheckpoint, gpu: GPU, limits: Limi
 
 
 def choose(step: Step, gpu: GPU, limits: Limits) -> Choice:
-    """The fastest that fits, with the fewest offloaded blocks among equals; where none does, the smallest."""
+    """The one with the least host memory among those that fit and are as good as the fastest.
+
+    Where none fits, the smallest on the device that the host can hold.
+    """
     choices = [evaluate(step, candidate, gpu, limits) for candidate in _candidates(step, limits)]
     fitting = [choice for choice in choices if choice.fits]
     if not fitting:
-        return min(choices, key=lambda choice: choice.memory.device)
-    return min(fitting, key=lambda choice: (round(choice.time.total, 4), choice.recompute.offload_layers))
+        possible = [choice for choice in choices if choice.memory.host <= limits.host_gib * GIB]
+        return min(possible, key=lambda choice: choice.memory.device)
+    enough = (1 + NEGLIGIBLE) * min(choice.time.total for choice in fitting)
+    good = [choice for choice in fitting if choice.time.total <= enough]
+    return min(good, key=lambda choice: (choice.memory.host, choice.time.total))
 
 
 def _candidates(step: Step, limits: Limits) -> Iterator[ActivationCheckpoint]:
@@ -67,19 +75,15 @@ def _candidates(step: Step, limits: Limits) -> Iterator[ActivationCheckpoint]:
         yield ActivationCheckpoint(mode="full", offload_layers=parked)
     # What an uncompiled block keeps beyond its input stays out of the offload's reach.
     for parked in range(n_layers if step.compiled else 1):
+        keeping = partial(ActivationCheckpoint, mode="attention", offload_layers=parked)
 
-        def keeping(projections: int, gate_up: int, parked: int = parked) -> ActivationCheckpoint:
-            return ActivationCheckpoint(
-                mode="attention",
-                projections_layers=projections,
-                gate_up_layers=gate_up,
-                offload_layers=parked,
-            )
+        def holds(keeping: Callable[..., ActivationCheckpoint] = keeping, **layers: int) -> bool:
+            return limits.hold(memory(step, keeping(**layers)))
 
-        # A byte of projections spares the more.
-        projections = _most(n_layers, lambda n: limits.hold(memory(step, keeping(n, 0))))
-        gate_up = _most(n_layers, lambda n: limits.hold(memory(step, keeping(projections, n))))  # noqa: B023
-        yield keeping(projections, gate_up)
+        # A byte of projections spares more than one of gate and up.
+        projections = _most(n_layers, lambda n, holds=holds: holds(projections_layers=n))
+        gate_up = _most(n_layers, lambda n, holds=holds, p=projections: holds(projections_layers=p, gate_up_layers=n))
+        yield keeping(projections_layers=projections, gate_up_layers=gate_up)
 
 
 def _most(largest: int, fits: Callable[[int], bool]) -> int:
@@ -99,23 +103,3 @@ def describe(recompute: ActivationCheckpoint, n_layers: int) -> str:
         kept = ", ".join(["attention outputs are kept in every block", *beyond]) + ", the rest recomputed"
     parked = recompute.offload_layers
     return kept + (f"; those of the first {parked} blocks wait in host memory" if parked else "")
-
-
-def check_recompute(config: JobConfig) -> Iterator[tuple[str, str]]:
-    """Contradictions in `[activation_checkpoint]`, as (key, message): a check for `load_config`."""
-    recompute, n_layers = config.activation_checkpoint, ModelShape.from_config(config).n_layers
-    for key in ("projections_layers", "gate_up_layers", "offload_layers"):
-        value = getattr(recompute, key)
-        allowed = ("attention",) if key != "offload_layers" else ("none", "attention", "full")
-        if value and recompute.mode not in allowed:
-            modes = " or ".join(f'"{mode}"' for mode in allowed)
-            yield f"activation_checkpoint.{key}", f'contradicts mode = "{recompute.mode}"; it takes mode {modes}'
-        elif value > n_layers:
-            yield f"activation_checkpoint.{key}", f"{value} is more than the model's {n_layers} blocks"
-    if recompute.offload_layers and recompute.mode == "attention" and not config.training.compile:
-        yield (
-            "activation_checkpoint.offload_layers",
-            'needs training.compile = true in mode "attention": an uncompiled block holds on to it itself',
-        )
-    if config.float8.enable_float8_linear and config.training.mixed_precision_param != "bfloat16":
-        yield "float8.enable_float8_linear", 'needs training.mixed_precision_param = "bfloat16"'

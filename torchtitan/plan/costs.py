@@ -16,13 +16,12 @@ from torchtitan.plan.hardware import GPU
 GIB = 2**30
 STATE_BYTES = 16
 """A parameter's fp32 weight, gradient and two moments."""
-GATHER_BYTES = 14
-"""A parameter of a block while the block is at work: bf16 weights of it and the next one, its bf16 gradient, and that
-of the last one in fp32 on its way, which is copied once."""
 BACKWARD_TEMPORARIES = 6.75
 """Feed-forward activations that a block needs in its backward pass, the allocator's slack included."""
 KEPT_TEMPORARIES = 2.4
 """How many fewer they are where gate and up were kept."""
+FORWARD_SHARE = 0.28
+"""Of a block's time, its forward pass; the way back has the longer backward pass to hide in."""
 EAGER_FACTOR = 2.0
 """How much more an uncompiled block keeps and needs, about."""
 HALF_RATE_LENGTH = 1500
@@ -165,9 +164,10 @@ def memory(step: Step, recompute: ActivationCheckpoint) -> Memory:
             kept, temporaries = here, needed * feed_forward
         resident -= block[i] if i >= parked else 0
 
-    gathered = GATHER_BYTES * step.block_params
+    # Weights of the block at work and of the next one, its gradient, and the last one's, twice, in fp32 on its way.
+    gathered = (8 + 3 * step.compute_bytes) * step.block_params
     if not step.reshard:
-        gathered += 2 * shape.num_params - 4 * step.block_params
+        gathered += step.compute_bytes * (shape.num_params - 2 * step.block_params)
     rope = step.tokens * shape.head_dim * 4
     logits = step.tokens * shape.vocab_size * (2 * step.compute_bytes + 3 * 4)
     return Memory(
@@ -182,7 +182,9 @@ def memory(step: Step, recompute: ActivationCheckpoint) -> Memory:
 def time(step: Step, recompute: ActivationCheckpoint, gpu: GPU) -> Time:
     """Expected time of a step with this recomputation on this GPU."""
     shape, tokens, n = step.shape, step.tokens, step.shape.n_layers
-    rate = (gpu.products_float8 if step.float8 else gpu.products) * 2 / step.compute_bytes
+    in_float32 = step.compute_bytes == 4
+    product_rate = gpu.products_float8 if step.float8 else gpu.products
+    rate = gpu.float32 if in_float32 else product_rate
     layers = layers_keeping(recompute, n)
     q_o, k_v = 2 * shape.dim**2, 2 * shape.dim * shape.n_kv_heads * shape.head_dim
     gate_up, down = 2 * shape.dim * shape.ffn_dim, shape.dim * shape.ffn_dim
@@ -191,12 +193,14 @@ def time(step: Step, recompute: ActivationCheckpoint, gpu: GPU) -> Time:
         return 2 * params * tokens / rate
 
     def attention(flops_per_pair: int, rate: float) -> float:
-        rate *= 1 if shape.head_dim >= 128 else NARROW_HEADS
-        per_layer = sum(
+        if in_float32:
+            rate = gpu.float32
+        elif shape.head_dim < 128:
+            rate *= NARROW_HEADS
+        return sum(
             flops_per_pair * shape.dim * length**2 / 2 / (rate * length / (length + HALF_RATE_LENGTH))
             for length in step.lengths
         )
-        return per_layer * 2 / step.compute_bytes
 
     def elementwise(widths: float, ffn_widths: float) -> float:
         return tokens * step.compute_bytes * (widths * shape.dim + ffn_widths * shape.ffn_dim) / gpu.memory_bandwidth
@@ -220,25 +224,26 @@ def time(step: Step, recompute: ActivationCheckpoint, gpu: GPU) -> Time:
     )
 
 
-def communication_bytes(step: Step) -> float:
-    """Bytes that a GPU sends for one forward and backward pass: weights gathered, gradients reduced."""
-    share = (step.shards - 1) / step.shards
+def communication_bytes(step: Step) -> tuple[float, float]:
+    """Bytes that a GPU sends for one pass: among the shards of a copy of the model, and among its replicas."""
     gathers = 2 if step.reshard else 1
-    sent = step.shape.num_params * share * (gathers * step.compute_bytes + 4)
+    within = step.shape.num_params * (step.shards - 1) / step.shards * (gathers * step.compute_bytes + 4)
     # The replicas of a shard add up their gradients: a reduce-scatter and an all-gather of it.
-    return sent + 2 * 4 * step.shape.num_params / step.shards * (step.replicas - 1) / step.replicas
+    return within, 2 * 4 * step.shape.num_params / step.shards * (step.replicas - 1) / step.replicas
 
 
 def _communication(step: Step, gpu: GPU) -> float:
-    across = step.shards * step.replicas > step.gpus_per_node
-    # Rings between nodes run over the network cards of all their GPUs.
-    bandwidth = min(gpu.link_bandwidth, step.gpus_per_node * gpu.network_bandwidth) if across else gpu.link_bandwidth
-    return communication_bytes(step) / bandwidth
+    within, among = communication_bytes(step)
+    # Rings through several nodes run over the network cards of all their GPUs.
+    across = min(gpu.link_bandwidth, min(step.shards, step.gpus_per_node) * gpu.network_bandwidth)
+    seconds = within / (across if step.shards > step.gpus_per_node else gpu.link_bandwidth)
+    beyond = step.shards * step.replicas > step.gpus_per_node
+    return seconds + among / (gpu.network_bandwidth if beyond else gpu.link_bandwidth)
 
 
 def _copies(step: Step, recompute: ActivationCheckpoint, gpu: GPU, computing: float) -> float:
-    """What the copies to the host take longer than the forward passes of their blocks, which is a third or less."""
+    """What the copies to the host take longer than the forward passes of their blocks."""
     copied = memory(step, recompute).host / gpu.host_bandwidth
     if not copied:
         return 0.0
-    return max(0.0, copied - 0.28 * computing * recompute.offload_layers / step.shape.n_layers)
+    return max(0.0, copied - FORWARD_SHARE * computing * recompute.offload_layers / step.shape.n_layers)

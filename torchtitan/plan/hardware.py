@@ -1,4 +1,4 @@
-"""What the GPUs can hold and do. Rates are what kernels reach there, not what a datasheet promises."""
+"""What the GPUs can hold and do: rates that kernels reach on an H200, and estimates for the others."""
 
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ class GPU:
     Attributes:
         memory_gib: what CUDA reports as its memory.
         products, products_float8: FLOP/s of the matrix products of a block, in bf16 and in float8.
+        float32: FLOP/s of everything in fp32, by the datasheet.
         attention_forward, attention_backward: FLOP/s of causal attention on long sequences.
         memory_bandwidth: of fused elementwise kernels, bytes read and written.
         host_bandwidth: of copies to or from page-locked host memory, one way.
@@ -23,6 +24,7 @@ class GPU:
     memory_gib: float
     products: float
     products_float8: float
+    float32: float
     attention_forward: float
     attention_backward: float
     memory_bandwidth: float
@@ -36,6 +38,7 @@ H200 = GPU(
     memory_gib=139.8,
     products=680 * TERA,
     products_float8=1040 * TERA,
+    float32=60 * TERA,
     attention_forward=690 * TERA,
     attention_backward=622 * TERA,
     memory_bandwidth=4.0 * TERA,
