@@ -173,5 +173,5 @@ def _check_copies(name: str, shards: list[Archive]) -> None:
         shard.read_into(shard.content[name], copy)
         if not torch.equal(copy, first):
             raise ValueError(
-                f"{shard.path} is a shard of another model: its {name} is not that of {shards[0].path.name}"
+                f"{shard.path} and {shards[0].path.name} are shards of different models: {name} is not the same in them"
             )
