@@ -10,8 +10,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, cast
+from typing import Any
+
+from tests.http_server import Handler, serving
 
 TOKEN = "hf_a-token-that-nobody-may-see"
 """The only login that it knows."""
@@ -31,45 +32,24 @@ class Hub:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+class _Handler(Handler):
     hub: Hub
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    @property
-    def hub(self) -> Hub:
-        return cast(_Server, self.server).hub
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the test reads `requests`."""
-
-    def do_GET(self) -> None:
-        self._handle("GET")
-
-    def do_POST(self) -> None:
-        self._handle("POST")
-
-    def do_PUT(self) -> None:
-        self._handle("PUT")
-
-    def _handle(self, method: str) -> None:
+    def handle_request(self) -> None:
         path = self.path.partition("?")[0]
-        self.hub.requests.append(f"{method} {path}")
-        if method == "PUT":
+        self.hub.requests.append(f"{self.command} {path}")
+        if self.command == "PUT":
             self._receive_object(path.rpartition("/")[2])
             return
-        body = self._body()
+        body = self.body()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._answer({"error": "Invalid credentials"}, 401)
+            self.answer({"error": "Invalid credentials"}, 401)
         elif path == "/api/whoami-v2":
-            self._answer({"name": "somebody", "type": "user"})
+            self.answer({"name": "somebody", "type": "user"})
         elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif path == "/api/validate-yaml":
-            self._answer({"errors": [], "warnings": []})
+            self.answer({"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             self._plan_objects(json.loads(body))
         elif found := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
@@ -81,13 +61,13 @@ class _Handler(BaseHTTPRequestHandler):
                 }
                 for file in json.loads(body)["files"]
             ]
-            self._answer({"files": files})
+            self.answer({"files": files})
         elif found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
             self._commit(found[1], [json.loads(line) for line in body.splitlines()])
         elif (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)) and found[1] in self.hub.private:
-            self._answer({"id": found[1], "private": self.hub.private[found[1]], "sha": "0" * 40, "siblings": []})
+            self.answer({"id": found[1], "private": self.hub.private[found[1]], "sha": "0" * 40, "siblings": []})
         else:
-            self._answer({"error": "Repository not found"}, 404)
+            self.answer({"error": "Repository not found"}, 404)
 
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted.get('organization') or 'somebody'}/{wanted['name']}"
@@ -95,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not exists:
             self.hub.private[name] = wanted.get("visibility") == "private" or wanted.get("private") is True
             self.hub.files[name] = {}
-        self._answer({"url": f"{self.hub.endpoint}/{name}", "name": name}, 409 if exists else 200)
+        self.answer({"url": f"{self.hub.endpoint}/{name}", "name": name}, 409 if exists else 200)
 
     def _plan_objects(self, wanted: dict[str, Any]) -> None:
         """Git LFS's batch API: where to put what is not there yet."""
@@ -105,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
             else {**o, "actions": {"upload": {"href": f"{self.hub.endpoint}/objects/{o['oid']}"}}}
             for o in wanted["objects"]
         ]
-        self._answer({"transfer": "basic", "objects": objects})
+        self.answer({"transfer": "basic", "objects": objects})
 
     def _receive_object(self, oid: str) -> None:
         limit = self.hub.break_all_but
@@ -119,10 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
-        content = self._body()
+        content = self.body()
         assert hashlib.sha256(content).hexdigest() == oid
         self.hub.objects[oid] = content
-        self._answer({})
+        self.answer({})
 
     def _commit(self, name: str, operations: list[dict[str, Any]]) -> None:
         for operation in operations:
@@ -131,39 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.files[name][value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 self.hub.files[name][value["path"]] = self.hub.objects[value["oid"]]
-        self._answer({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40})
-
-    def _body(self) -> bytes:
-        if "Content-Length" in self.headers:
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        content = b""
-        while self.headers.get("Transfer-Encoding") == "chunked":
-            size = int(self.rfile.readline(), 16)
-            content += self.rfile.read(size)
-            self.rfile.readline()
-            if not size:
-                break
-        return content
-
-    def _answer(self, content: dict[str, Any], status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.answer({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A server on a free port of the loopback device, while the block lasts."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    """A server while the block lasts, and what it holds."""
+    hub = Hub()
+    with serving(type("HubHandler", (_Handler,), {"hub": hub})) as hub.endpoint:
+        yield hub

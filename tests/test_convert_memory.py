@@ -69,11 +69,11 @@ def peak_above_imports(direction: str, source: Path, output: Path, *flags: str) 
 
 
 def test_one_tensor_at_a_time(source: Path) -> None:
-    """The largest tensor, its copy, and what the conversion loads on its way: a third of the model."""
-    limit = 2 * LARGEST + 64 * 2**20
+    """The largest tensor, its copy, the next one, and code loaded on the way: less than half of the model."""
+    limit = 3 * LARGEST + 64 * 2**20
     dcp, hf, pth = (source.with_name(name) for name in ("dcp", "hf", "pth"))
     assert peak_above_imports("in", source, dcp, "--keep_embeddings") < limit
     assert peak_above_imports("out", dcp, pth) < limit
     assert peak_above_imports("out", dcp, hf, "--format", "hf", "--max_shard_size", "200MB") < limit
     assert peak_above_imports("in", hf, source.with_name("again"), "--keep_embeddings") < limit
-    assert peak_above_imports("out", dcp, source.with_name("wide"), "--dtype", "float32") < limit + LARGEST
+    assert peak_above_imports("out", dcp, source.with_name("wide"), "--dtype", "float32") < limit + 2 * LARGEST

@@ -1,6 +1,5 @@
 """DCP checkpoints as source and as output."""
 
-import os
 import warnings
 from math import prod
 from pathlib import Path
@@ -75,7 +74,7 @@ class _TensorByTensor(FileSystemWriter):
     """PyTorch's writer keeps every tensor that it has written to a file until it has written the last."""
 
     def __init__(self, folder: Path, tensors: Tensors) -> None:
-        super().__init__(folder)
+        super().__init__(folder, sync_files=False)  # the whole folder is synchronised at its end
         self.tensors = tensors
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -84,8 +83,6 @@ class _TensorByTensor(FileSystemWriter):
             name = f"__0_{number}.distcp"
             with open(Path(self.path) / name, "wb") as file:
                 write_tensor(file, self.tensors.read(item.index.fqn))
-                file.flush()
-                os.fsync(file.fileno())
                 length = file.tell()
             results.append(WriteResult(item.index, length, _StorageInfo(name, 0, length)))
         written: Future[list[WriteResult]] = Future()

@@ -1,7 +1,6 @@
 """Llama in Meta's format: `params.json` beside `consolidated.00.pth`, and more of them where it is model-parallel."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,6 @@ def write_meta(folder: Path, shape: ModelShape, tensors: Tensors) -> None:
     """Writes `consolidated.00.pth` and `params.json`."""
     with open(folder / "consolidated.00.pth", "wb") as file:
         write_tensors(file, tensors.weights, (tensors.read(name) for name in tensors.weights))
-        file.flush()
-        os.fsync(file.fileno())
     params = {
         "dim": shape.dim,
         "n_layers": shape.n_layers,

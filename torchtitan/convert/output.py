@@ -66,6 +66,10 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 
 def _commit(temporary: Path, folder: Path, record: Record) -> None:
+    for path in temporary.iterdir():
+        # Only now: while one file is written, the system writes those before it to disk.
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     removed = folder.with_name(folder.name + REMOVED)
     if folder.exists():
         shutil.rmtree(removed, ignore_errors=True)

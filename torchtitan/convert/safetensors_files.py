@@ -5,7 +5,6 @@ and the bytes: https://huggingface.co/docs/safetensors. The library writes only 
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,6 @@ def _write_file(path: Path, tensors: Tensors) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in tensors.weights:
             file.write(bytes_of(tensors.read(name)))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:

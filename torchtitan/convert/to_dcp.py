@@ -9,6 +9,7 @@ import torch
 
 from torchtitan import __version__
 from torchtitan.checkpoint.init_from import VOCABULARY_WEIGHTS
+from torchtitan.convert.ahead import reading_ahead
 from torchtitan.convert.dcp import write_dcp
 from torchtitan.convert.huggingface import open_hf
 from torchtitan.convert.meta import open_meta
@@ -41,7 +42,8 @@ def llama_to_dcp(arguments: argparse.Namespace) -> None:
             logger.info(f"{input_dir}: {source.shape}")
             with (
                 whole_folder(output_dir, record, source.tensors.nbytes, overwrite=overwrite) as temporary,
-                progress(source.tensors) as tensors,
+                reading_ahead(source.tensors) as ahead,
+                progress(ahead) as tensors,
             ):
                 write_dcp(temporary, tensors)
     print(summary(source.tensors.weights, source.left_out))

@@ -8,6 +8,7 @@ from typing import Any
 from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.folders import Record
 from torchtitan.checkpoint.init_from import checkpoint_folder
+from torchtitan.convert.ahead import reading_ahead
 from torchtitan.convert.card import model_card, source_weights
 from torchtitan.convert.dcp import open_dcp
 from torchtitan.convert.hub import check_login, push
@@ -62,7 +63,8 @@ def _write(source: Source, arguments: argparse.Namespace, output_dir: Path, conv
     logger.info(f"{arguments.input_dir}: {source.shape}")
     with (
         whole_folder(output_dir, record, weights.nbytes, overwrite=arguments.overwrite) as temporary,
-        progress(weights) as tensors,
+        reading_ahead(weights) as ahead,
+        progress(ahead) as tensors,
     ):
         if arguments.format == "hf":
             write_hf(temporary, source.shape, tensors, _max_length(source), arguments.max_shard_size or SHARD_SIZE)
