@@ -39,6 +39,7 @@ SHAPES = {
     "1.5B": replace(FLAVORS["2B"], n_layers=12),
     "8B": replace(FLAVORS["8B"], vocab_size=128_256, rope_scaling="llama3.1"),  # Llama-3.1-8B as published
 }
+MARK, END = "<!-- written by `python benchmarks/conversion.py --table` -->", "<!-- end -->"
 PLAIN = {
     "dcp to pth": """
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -165,6 +166,20 @@ def alone(source: Path, output: Path, same: Callable[[Path], None]) -> dict[str,
     return figures
 
 
+def table(results: Path) -> str:
+    """The figures of both shapes, as they stand in docs/conversion.md."""
+    lines = ["| model | from, to | | seconds | of processors | peak RssAnon |", "|---|---|---|---|---|---|"]
+    for shape in SHAPES:
+        facts = json.loads((results / f"conversion_{shape.lower()}.json").read_text())
+        model = f"{facts['parameters'] / 1e9:.2f} G parameters, bf16, {facts['bytes'] / 1e9:.1f} GB"
+        for direction, ways in facts["directions"].items():
+            for name, run in ways.items():
+                way = name if (name, direction) != ("plain", "dcp to pth") else "`dcp_to_torch_save`"
+                figures = f"{run['seconds']:.1f} | {run['cpu_seconds']:.1f} | {run['peak_gib']:.2f} GiB"
+                lines.append(f"| {model} | {direction} | {way} | {figures} |")
+    return "\n".join(lines)
+
+
 def _summary(runs: list[Run]) -> dict[str, Any]:
     return {
         "seconds": statistics.median(run.seconds for run in runs),
@@ -182,12 +197,20 @@ def _cpu_name() -> str:
 def main() -> None:
     """Runs the benchmark and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the models are made, and removed")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the table of docs/conversion.md")
+    parser.add_argument("--folder", type=Path, help="where the models are made, and removed")
     parser.add_argument("--shape", choices=SHAPES, default="1.5B")
     parser.add_argument("--alone", action="store_true", help="compare with nothing but what went in")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
+    if arguments.table:
+        page = ROOT / "docs/conversion.md"
+        head, end = page.read_text().split(MARK)[0], page.read_text().split(END)[1]
+        page.write_text(f"{head}{MARK}\n{table(ROOT / 'benchmarks/results')}\n{END}{end}")
+        return
+    if arguments.folder is None:
+        parser.error("--folder is needed")
     shape: ModelShape = SHAPES[arguments.shape]
     weights = {name: Weight(dims, torch.bfloat16) for name, dims in model_weights(shape).items()}
     tensors = Tensors(weights, lambda name: random_weight(name, weights[name]))
