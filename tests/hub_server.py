@@ -67,7 +67,7 @@ class _Handler(Handler):
         elif (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)) and found[1] in self.hub.private:
             self.answer({"id": found[1], "private": self.hub.private[found[1]], "sha": "0" * 40, "siblings": []})
         else:
-            self.answer({"error": "Repository not found"}, 404)
+            self.answer({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
 
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted.get('organization') or 'somebody'}/{wanted['name']}"

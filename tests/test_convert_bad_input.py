@@ -194,11 +194,14 @@ def test_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
             to_llama(checkpoint, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    edit("checkpoint.json", model={**record["model"], "n_layers": 3})(checkpoint)
+    def recorded(**model: Any) -> None:
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"format": 1, "model": model}))
+
+    recorded(**{**record["model"], "n_layers": 3})
     refused(r"does not hold the 3 layers of checkpoint\.json: it has 2, without 2")
-    edit("checkpoint.json", model={**record["model"], "heads": 3})(checkpoint)
+    recorded(**record["model"], heads=3)
     refused(r"checkpoint\.json: not the shape of a model: .*'heads'")
-    edit("checkpoint.json", model=record["model"])(checkpoint)
+    recorded(**record["model"])
     damaged = bytearray((checkpoint / "__0_3.distcp").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     whole = (checkpoint / "__0_3.distcp").read_bytes()
@@ -217,11 +220,11 @@ def test_as_commands(checkpoint: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     message = fails("llama_to_dcp.py", "--input_dir", str(tmp_path / "absent"), "--output_dir", out)
     assert f'--input_dir = "{tmp_path / "absent"}": no such folder' in message
+    remove("checkpoint.json")(checkpoint)
     (checkpoint / ".metadata").write_bytes(b"cposix\nsystem\n(S'touch it-ran'\ntR.")
     message = fails("dcp_to_llama.py", "--input_dir", str(checkpoint), "--output_dir", out)
     assert "it names posix.system" in message
     assert not Path(out).exists()
-    fails("dcp_to_llama.py", "--input_dir", str(checkpoint), "--output_dir", out, "--push_to_hub")
 
 
 def test_places(checkpoint: Path, tmp_path: Path) -> None:

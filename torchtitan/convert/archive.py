@@ -134,26 +134,27 @@ class Archive:
 
 def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
     """Writes what `torch.save(tensor)` would."""
-    weight = Weight(tuple(tensor.shape), tensor.dtype)
-    _write(file, weight, [weight], [tensor])
+    written = _Written("0", Weight(tuple(tensor.shape), tensor.dtype))
+    _write(file, written, [written], [tensor])
 
 
 def write_tensors(file: BinaryIO, weights: dict[str, Weight], tensors: Iterable[torch.Tensor]) -> None:
     """Writes what `torch.save` of a dictionary would; `tensors` gives one at a time, in the order of `weights`."""
-    _write(file, weights, list(weights.values()), tensors)
+    content = {name: _Written(str(key), weight) for key, (name, weight) in enumerate(weights.items())}
+    _write(file, content, list(content.values()), tensors)
 
 
-def _write(file: BinaryIO, content: Any, weights: list[Weight], tensors: Iterable[torch.Tensor]) -> None:
+def _write(file: BinaryIO, content: Any, order: "list[_Written]", tensors: Iterable[torch.Tensor]) -> None:
     description = io.BytesIO()
-    _Pickler(description, {id(weight): str(key) for key, weight in enumerate(weights)}).dump(content)
+    _Pickler(description, protocol=2).dump(content)
     with zipfile.ZipFile(file, "w") as archive:
         # Without a `.format_version`: with it, PyTorch computes where records lie from the habits of its own writer.
         for name, text in (("data.pkl", description.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), text)
-        for key, (weight, tensor) in enumerate(zip(weights, tensors, strict=True)):
-            assert (tuple(tensor.shape), tensor.dtype) == (weight.shape, weight.dtype)
+        for written, tensor in zip(order, tensors, strict=True):
+            assert (tuple(tensor.shape), tensor.dtype) == (written.weight.shape, written.weight.dtype)
             data = bytes_of(tensor.contiguous())
-            with archive.open(_aligned(f"archive/data/{key}", file.tell()), "w", force_zip64=True) as record:
+            with archive.open(_aligned(f"archive/data/{written.key}", file.tell()), "w", force_zip64=True) as record:
                 for start in range(0, len(data), PIECE):
                     record.write(data[start : start + PIECE])
 
@@ -194,29 +195,34 @@ _BUILDERS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles each `Weight` as the tensor that its record will hold."""
+@dataclass(frozen=True)
+class _Written:
+    """A tensor whose bytes record `data/{key}` will hold."""
 
-    def __init__(self, file: BinaryIO, keys: dict[int, str]) -> None:
-        super().__init__(file, protocol=2)
-        self.keys = keys
+    key: str
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class _Storage:
+    written: _Written
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles each `_Written` as the tensor that it will be."""
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
             return None
-        kind = next(name for name, dtype in STORAGES.items() if dtype == obj.weight.dtype)
-        return "storage", getattr(torch, kind), self.keys[id(obj.weight)], "cpu", obj.size
+        key, weight = obj.written.key, obj.written.weight
+        kind = next(name for name, dtype in STORAGES.items() if dtype == weight.dtype)
+        return "storage", getattr(torch, kind), key, "cpu", weight.nbytes // weight.dtype.itemsize
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, Weight):
+        if not isinstance(obj, _Written):
             return NotImplemented
-        return _rebuild_tensor_v2, (_Storage(obj), 0, obj.shape, _contiguous(obj.shape), False, OrderedDict())
-
-
-class _Storage:
-    def __init__(self, weight: Weight) -> None:
-        self.weight = weight
-        self.size = weight.nbytes // weight.dtype.itemsize
+        shape = obj.weight.shape
+        return _rebuild_tensor_v2, (_Storage(obj), 0, shape, _contiguous(shape), False, OrderedDict())
 
 
 class _Window(io.RawIOBase):
@@ -243,7 +249,12 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         wanted = memoryview(buffer)[: max(0, self.length - self.position)]
-        count = os.preadv(self.file.fileno(), [wanted], self.offset + self.position) if wanted else 0
+        count = 0
+        while count < len(wanted):
+            read = os.preadv(self.file.fileno(), [wanted[count:]], self.offset + self.position + count)
+            if not read:
+                break
+            count += read
         self.position += count
         return count
 

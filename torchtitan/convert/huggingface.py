@@ -152,14 +152,14 @@ def _read_config(path: Path, config: dict[str, Any], rope_scaling: str | None) -
         raise ValueError(f"{path}: model_type = {json.dumps(config.get('model_type'))}: only llama can be converted")
     if "quantization_config" in config:
         raise ValueError(f"{path}: quantization_config: only weights that are not quantised can be converted")
-    n_heads = number(path, config, "num_attention_heads")
+    n_heads, kv_heads = number(path, config, "num_attention_heads"), "num_key_value_heads"
     rotary = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     shape = shape_of(
         path,
         dim=number(path, config, "hidden_size"),
         n_layers=number(path, config, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=number(path, config, "num_key_value_heads") if config.get("num_key_value_heads") else n_heads,
+        n_kv_heads=n_heads if config.get(kv_heads) is None else number(path, config, kv_heads),
         ffn_dim=number(path, config, "intermediate_size"),
         vocab_size=number(path, config, "vocab_size"),
         norm_eps=number(path, config, "rms_norm_eps", float),

@@ -11,7 +11,7 @@ from torchtitan.checkpoint.init_from import checkpoint_folder
 from torchtitan.convert.ahead import reading_ahead
 from torchtitan.convert.card import model_card, source_weights
 from torchtitan.convert.dcp import open_dcp
-from torchtitan.convert.hub import check_login, push
+from torchtitan.convert.hub import check_push, push
 from torchtitan.convert.huggingface import write_hf
 from torchtitan.convert.meta import write_meta
 from torchtitan.convert.output import check_output, whole_folder
@@ -32,7 +32,7 @@ def dcp_to_llama(arguments: argparse.Namespace) -> None:
         ValueError: where the input cannot be converted, the output cannot be written there, or there is no login.
         PushError: where the upload breaks off.
     """
-    repo_name = check_login(arguments.hf_repo_name) if arguments.push_to_hub else None
+    repo_name = check_push(arguments.hf_repo_name, public=arguments.public) if arguments.push_to_hub else None
     done = False
     with (
         local_input(arguments.input_dir) as given,

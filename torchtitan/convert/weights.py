@@ -1,5 +1,6 @@
 """What every conversion is made of: named tensors that are read one at a time, and what they have to be."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -102,7 +103,7 @@ def check_weights(place: Path, stated_in: str, shape: ModelShape, found: dict[st
         ValueError: listing what is missing, unexpected and of another shape.
     """
     expected = model_weights(shape)
-    layers = {int(name.split(".")[1]) for name in found if name.startswith("layers.")}
+    layers = {int(layer[1]) for name in found if (layer := re.match(r"layers\.(\d+)\.", name))}
     if layers != set(range(shape.n_layers)):
         absent = sorted(set(range(shape.n_layers)) - layers)
         raise ValueError(
