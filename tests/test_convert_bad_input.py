@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 
+from tests.checkpoints import read_checkpoint
 from tests.llamas import SHAPE, llama, to_dcp, to_llama, write_meta_layout
 from tests.processes import run
 from tests.test_reader import Payload
@@ -186,8 +189,10 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    """What is wrong with a DCP checkpoint, or with what it says of itself."""
+    """What is wrong with a DCP checkpoint, here one of a file a tensor, or with what it says of itself."""
     record = json.loads((checkpoint / "checkpoint.json").read_text())
+    state, checkpoint = read_checkpoint(checkpoint), tmp_path / "checkpoint"
+    dcp.save(state, storage_writer=FileSystemWriter(checkpoint, single_file_per_rank=False), no_dist=True)
 
     def refused(message: str) -> None:
         with pytest.raises(ValueError, match=message):

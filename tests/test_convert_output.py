@@ -83,9 +83,9 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 def test_killed_and_run_again(source: Path, tmp_path: Path) -> None:
     """Killed while it writes, wherever that is: nothing is there, and the same command gives the same files."""
-    # Large enough to be caught at it: 200 MB in one tensor, which is written last but one.
+    # Large enough to be caught at it: 100 MB in one tensor, which is written last but one.
     weights = torch.load(source / "consolidated.00.pth")
-    large = 400_000
+    large = 200_000
     weights |= {name: torch.randn(large, 128) for name in ("tok_embeddings.weight", "output.weight")}
     torch.save(weights, source / "consolidated.00.pth")
     params = (source / "params.json").read_text().replace('"vocab_size": 96', f'"vocab_size": {large}')
