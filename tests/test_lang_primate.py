@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -48,6 +49,9 @@ def test_from_llama_to_a_model_of_spikes(tmp_path: Path) -> None:
     model.load_state_dict({name[6:]: tensor for name, tensor in trained.items() if name.startswith("model.")})
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
     assert theirs.config.max_position_embeddings == 64
+    assert theirs.generation_config.bos_token_id == 95
+    # Its type asks for attributes that only other models have.
+    assert cast(Any, theirs).generate(torch.tensor([[95]]), max_new_tokens=8).shape == (1, 9)
     card = (tmp_path / "hf/README.md").read_text()
     assert "| started from | llama |" in card
     assert f"| tokens seen | {64 * (2 * 1 + 2 * 3)} |" in card
