@@ -3,32 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.llamas import llama
+from torchtitan.convert.huggingface import hf_name, to_hf
 from torchtitan.models.llama.attention import BACKENDS, Attention, Documents
 from torchtitan.models.llama.model import Transformer, token_losses
 from torchtitan.models.llama.rope import frequencies
 from torchtitan.models.llama.shape import FLAVORS, ModelShape
 
-LLAMA_31 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 SHAPE = ModelShape(dim=64, n_layers=3, n_heads=8, n_kv_heads=2, ffn_dim=160, vocab_size=96)
-NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 def build(shape: ModelShape, length: int = 64) -> Transformer:
@@ -40,43 +23,15 @@ def build(shape: ModelShape, length: int = 64) -> Transformer:
     return model
 
 
-def reference(shape: ModelShape) -> LlamaForCausalLM:
-    scaling = LLAMA_31 if shape.rope_scaling == "llama3.1" else {"rope_type": "default"}
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.dim,
-        intermediate_size=shape.ffn_dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads,
-        rms_norm_eps=shape.norm_eps,
-        max_position_embeddings=131_072,
-        rope_parameters={"rope_theta": shape.rope_theta, **scaling},
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
-
-
 def to_reference(name: str, weight: torch.Tensor, shape: ModelShape) -> tuple[str, torch.Tensor]:
-    """A weight or gradient under transformers' name. It turns the halves of a head where Llama turns neighbours."""
-    head, _, rest = name.partition(".")
-    if head == "layers":
-        layer, _, inner = rest.partition(".")
-        inner = inner.removesuffix(".weight")
-        if inner in ("attention.wq", "attention.wk"):
-            weight = weight.unflatten(0, (-1, shape.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        return f"model.layers.{layer}.{NAMES[inner]}.weight", weight
-    return {
-        "tok_embeddings": "model.embed_tokens.weight",
-        "norm": "model.norm.weight",
-        "output": "lm_head.weight",
-    }[head], weight
+    """A weight or gradient as transformers has it."""
+    return hf_name(name), to_hf(name, weight, shape.head_dim)
 
 
 @pytest.mark.parametrize("rope_scaling", ["none", "llama3.1"])
 def test_logits_and_gradients_are_those_of_transformers(rope_scaling: str) -> None:
     shape = ModelShape(**{**vars(SHAPE), "rope_scaling": rope_scaling})
-    model, other = build(shape), reference(shape)
+    model, other = build(shape), llama(shape)
     other.load_state_dict(dict(to_reference(name, p.data, shape) for name, p in model.named_parameters()))
     tokens = torch.randint(shape.vocab_size, (2, 65))
 
@@ -103,7 +58,7 @@ def test_rope_scaling_changes_the_logits() -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_scaled_frequencies_are_those_of_transformers(head_dim: int) -> None:
     shape = ModelShape(dim=8 * head_dim, n_layers=1, n_heads=8, n_kv_heads=8, ffn_dim=64, rope_scaling="llama3.1")
-    torch.testing.assert_close(frequencies(shape), reference(shape).model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(frequencies(shape), llama(shape).model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
 
 
 def test_a_packed_window_equals_its_recordings_one_by_one() -> None:

@@ -44,7 +44,7 @@ def find_weights(model: Transformer, config: Checkpoint) -> Source:
     """
     assert config.init_from is not None
     given = Path(config.init_from).expanduser()
-    folder = from_rank_zero(lambda: _checkpoint_folder(given))
+    folder = from_rank_zero(lambda: checkpoint_folder(given, "checkpoint.init_from"))
     stored = from_rank_zero(lambda: stored_tensors(folder))
     prefix = "model." if any(name.startswith("model.") for name in stored) else ""
     stored = {
@@ -78,8 +78,12 @@ def load_weights(model: Transformer, source: Source) -> None:
     logger.info(f"starting from the weights in {source.folder}{widened}{random}")
 
 
-def _checkpoint_folder(given: Path) -> Path:
-    """`given` itself where it is a DCP checkpoint, else the newest step in it."""
+def checkpoint_folder(given: Path, named: str) -> Path:
+    """`given` itself where it is a DCP checkpoint, else the newest step in it.
+
+    Raises:
+        ValueError: where it is neither, with the name of the setting that has given it.
+    """
     if (given / ".metadata").is_file():
         return given
     steps = folders.complete_steps(given)
@@ -88,4 +92,4 @@ def _checkpoint_folder(given: Path) -> Path:
     inside = [folder for folder in given.glob("*") if folders.complete_steps(folder)]
     hint = f"; did you mean {inside[0]}?" if inside else ""
     reason = "holds neither a DCP checkpoint nor steps of one" if given.is_dir() else "no such folder"
-    raise ValueError(f'checkpoint.init_from = "{given}": {reason}{hint}')
+    raise ValueError(f'{named} = "{given}": {reason}{hint}')
