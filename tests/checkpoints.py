@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor
 
 from tests.models import small_model, train_a_little
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.folders import Record
+from torchtitan.checkpoint.reader import SafeLoadPlanner, SafeReader
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, stored_tensors
 from torchtitan.config import JobConfig
 from torchtitan.distributed.world import World
@@ -24,7 +24,7 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     for name, entry in stored_tensors(folder).items():
         assert entry is not None, f"{name} is not a tensor"
         state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    dcp.load(state, storage_reader=SafeReader(folder), planner=SafeLoadPlanner(), no_dist=True)
     return state
 
 

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+from torchtitan.checkpoint.reader import SafeLoadPlanner, SafeReader
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,14 +48,11 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata | None]:
     """What a DCP checkpoint holds, by name: shape and dtype of each tensor, None for what is not one.
 
     Raises:
-        ValueError: where the folder is not a DCP checkpoint.
+        ValueError: where the folder is not a DCP checkpoint, or `.metadata` cannot be trusted.
     """
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder} is not a DCP checkpoint: it has no .metadata file")
-    try:
-        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever a damaged pickle makes of itself
-        raise ValueError(f"{folder}/.metadata cannot be read: {error}") from error
+    stored = SafeReader(folder).read_metadata().state_dict_metadata
     return {name: entry if isinstance(entry, TensorStorageMetadata) else None for name, entry in stored.items()}
 
 
@@ -65,7 +63,7 @@ def load_tensors(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None
         ValueError: where a file of the checkpoint is absent or cannot be read.
     """
     try:
-        dcp.load(tensors, storage_reader=FileSystemReader(folder), process_group=group)
+        dcp.load(tensors, storage_reader=SafeReader(folder), planner=SafeLoadPlanner(), process_group=group)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
