@@ -20,7 +20,9 @@ def main(config: JobConfig) -> None:
     # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
     import torch.distributed as dist
 
+    from torchtitan.checkpoint.checkpointer import SaveError
     from torchtitan.distributed.world import first_to_report, init_world
+    from torchtitan.owner import FolderInUseError
     from torchtitan.trainer import Trainer
 
     def fail(error: Exception) -> NoReturn:
@@ -35,7 +37,10 @@ def main(config: JobConfig) -> None:
         fail(error)
     try:
         trainer.train()
-    except FloatingPointError as error:  # a ValueError here would be a bug, and its trace is wanted
+    except (FloatingPointError, SaveError) as error:  # a ValueError here would be a bug, and its trace is wanted
+        trainer.end("broken")
+        fail(error)
+    except FolderInUseError as error:
         fail(error)
     dist.destroy_process_group()
 
