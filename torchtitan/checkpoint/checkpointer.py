@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchtitan import __version__
@@ -228,7 +229,7 @@ class Checkpointer:
             saving = Future[Any]()
             try:
                 saving.set_result(dcp.save(state, storage_writer=writer, process_group=self.group))
-            except Exception as error:
+            except (Exception, CheckpointException) as error:
                 saving.set_exception(error)
         saving.add_done_callback(note_time)
         self.pending = Pending(saving, folder)
@@ -257,10 +258,10 @@ class Checkpointer:
             return
         try:
             pending.saving.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # DCP's is no Exception
             self._report_failure(pending.folder, error)
 
-    def _report_failure(self, folder: Path, error: Exception) -> None:
+    def _report_failure(self, folder: Path, error: BaseException) -> None:
         temporary = folder.with_name(folder.name + folders.TEMPORARY)
         from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True), self.group)
         causes = getattr(error, "failures", {0: (error, None)})  # DCP collects those of all ranks

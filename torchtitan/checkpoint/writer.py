@@ -51,10 +51,7 @@ class CheckedWriter(FileSystemWriter):
                 for item, content in _on_host(plan.items, planner):
                     offset = stream.position
                     stream.checksum = 0
-                    if isinstance(content, torch.Tensor):
-                        torch.save(content, cast(BinaryIO, stream))
-                    else:
-                        stream.write(content.getbuffer())
+                    stream.take(content)
                     length = stream.position - offset
                     place = _StorageInfo(name, offset, length)
                     results.append(CheckedResult(item.index, length, place, crc32=stream.checksum))
@@ -92,6 +89,18 @@ class ChecksummingStream:
     def __init__(self, file: BinaryIO | Any, beside: ThreadPoolExecutor) -> None:
         self.file, self.beside = file, beside
         self.position = self.checksum = 0
+        self.error: OSError | None = None
+
+    def take(self, content: torch.Tensor | io.BytesIO) -> None:
+        """Writes a tensor, or bytes, as DCP's reader expects them."""
+        if not isinstance(content, torch.Tensor):
+            self.write(content.getbuffer())
+            return
+        try:
+            torch.save(content, cast(BinaryIO, self))
+        except RuntimeError as error:
+            # It closes its archive in spite of an error, and complains about that instead.
+            raise self.error or error from None
 
     def write(self, data: bytes | memoryview) -> int:
         """Writes all of `data`, bytes; large pieces are summed up while the system copies them."""
@@ -110,8 +119,12 @@ class ChecksummingStream:
         """Nothing is held back."""
 
     def _write_all(self, view: memoryview) -> None:
-        while view.nbytes:
-            view = view[self.file.write(view) :]  # an unbuffered file may take less than all
+        try:
+            while view.nbytes:
+                view = view[self.file.write(view) :]  # an unbuffered file may take less than all
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def _on_host(items: Iterable[WriteItem], planner: SavePlanner) -> Iterator[tuple[WriteItem, torch.Tensor | io.BytesIO]]:
