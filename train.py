@@ -6,6 +6,7 @@ On several GPUs: `torchrun --nproc_per_node N train.py …`.
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 from torchtitan.config import ConfigError, JobConfig, load_config
@@ -54,4 +55,9 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             logger.error(f"error: {error}")
         sys.exit(2)
-    main(config)
+    try:
+        main(config)
+    except Exception:
+        # At once: an orderly exit would wait for the loader's processes, and for ranks that are gone.
+        traceback.print_exc()
+        os._exit(1)
