@@ -61,8 +61,8 @@ def plant(kind: str, count: int) -> None:
         die()
         return 0
 
-    def half_a_removal(folder: Path) -> None:
-        next(file for file in Path(folder).iterdir() if file.is_file()).unlink()
+    def half_a_removal(folder: Path, **_: Any) -> None:
+        next(Path(folder).iterdir()).unlink()
         die()
 
     def after_the_manifest(*arguments: Any) -> None:
@@ -78,7 +78,12 @@ def plant(kind: str, count: int) -> None:
     elif kind == "manifest":
         folders.write_manifest = strikes(write_manifest, after_the_manifest)
     elif kind == "removal":
-        folders.shutil.rmtree = strikes(shutil.rmtree, half_a_removal)  # type: ignore[attr-defined]
+        of_a_step, of_anything = strikes(shutil.rmtree, half_a_removal), shutil.rmtree
+
+        def remove(folder: Path, **named: Any) -> None:
+            (of_a_step if folder.name.endswith(folders.REMOVED) else of_anything)(folder, **named)
+
+        folders.shutil.rmtree = remove  # type: ignore[assignment]
     elif kind == "nan":
         trainer.token_losses = strikes(losses, not_a_number)
     else:

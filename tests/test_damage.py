@@ -54,6 +54,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.fault("damage", "shard, metadata or manifest absent, cut, longer, flipped", 1, "named; refused or skipped")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [absent, cut_short, longer, flipped])
 def test_damage_is_named_and_refused_or_skipped(
@@ -80,6 +81,7 @@ def places(steps: Path) -> Iterator[tuple[Path, int]]:
         yield step / FILES[2], dice.randrange(start * 8, stop * 8)
 
 
+@pytest.mark.fault("damage", "200 bits, 42 cuts, in all kinds of files", 242, "all detected")
 def test_single_bits_and_truncations_are_all_detected(steps: Path) -> None:
     """200 flips and 40 truncations; loading detects them by the same checksums, as the test before shows."""
     whole = steps.with_name("whole")
@@ -104,6 +106,7 @@ def test_single_bits_and_truncations_are_all_detected(steps: Path) -> None:
     assert damage_of(steps / "step-2") is None
 
 
+@pytest.mark.fault("damage", "bits of a shard, while it is loaded", 20, "all detected")
 def test_flips_of_weights_are_detected_while_they_are_loaded(world: World, steps: Path) -> None:
     shard = steps / "step-2/__0_0.distcp"
     size, dice = shard.stat().st_size, random.Random(2)

@@ -131,6 +131,7 @@ def nan_on_one_rank(folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.fault("NaN", "loss of one of two ranks", 1, "update skipped on both, weights clean")
 def test_a_nan_on_one_rank_skips_the_update_on_all(tmp_path: Path) -> None:
     from torchtitan.metrics import read_metrics
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.processes import NO_GPU, ROOT, run, run_ranks, train, train_command
+from tests.processes import NO_GPU, ROOT, descendants, run, run_ranks, train, train_command
 from torchtitan.checkpoint.folders import complete_steps
 from torchtitan.distributed.interrupts import STOP_SIGNALS, Interrupts, children_spared
 from torchtitan.distributed.world import World, init_world
@@ -115,6 +115,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.fault("signal", "TERM or USR1 to torchrun or one rank", 1, "step saved, goes on")
 @pytest.mark.parametrize(
     ("target", "number"),
     [("agent", signal.SIGTERM), ("agent", signal.SIGUSR1), ("0", signal.SIGTERM), ("1", signal.SIGUSR1)],
@@ -137,10 +138,11 @@ def test_a_signal_to_any_process_saves_the_step_and_ends_the_run(
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, step + 4))
 
 
+@pytest.mark.fault("signal", "TERM to every process of the job", 1, "step saved, goes on")
 def test_a_signal_to_every_process_at_once(tmp_path: Path) -> None:
     """As scancel and preemption send it: the loader's processes and their server get it too."""
     process = start(tmp_path, "--training.num_workers", "1")
-    ours = [int(path.name) for path in Path("/proc").glob("[0-9]*") if descends_from(path, process.pid)]
+    ours = descendants(process.pid)
     assert len(ours) > 6
     for pid in (*ours, process.pid):
         os.kill(pid, signal.SIGTERM)
@@ -148,17 +150,7 @@ def test_a_signal_to_every_process_at_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "go_on", output
 
 
-def descends_from(path: Path, ancestor: int) -> bool:
-    try:
-        while (parent := int((path / "stat").read_text().rpartition(")")[2].split()[1])) > 1:
-            if parent == ancestor:
-                return True
-            path = Path(f"/proc/{parent}")
-    except OSError:
-        pass
-    return False
-
-
+@pytest.mark.fault("hung rank", "a step that never ends", 1, "all end in time, stacks of all")
 def test_a_hung_rank_ends_all_and_leaves_their_stacks(tmp_path: Path) -> None:
     command = train_command(*ARGUMENTS, "--job.dump_folder", str(tmp_path), processes=2)
     command[command.index("train.py")] = "tests/faulty_train.py"
@@ -173,6 +165,7 @@ def test_a_hung_rank_ends_all_and_leaves_their_stacks(tmp_path: Path) -> None:
         assert (tmp_path / f"hangs/rank-{rank}.flight").stat().st_size > 100
 
 
+@pytest.mark.fault("two writers", "a second run in the folder", 1, "refused, holder named")
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     process = start(tmp_path)
     done = run(train_command(*ARGUMENTS, "--job.dump_folder", str(tmp_path)))

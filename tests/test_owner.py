@@ -53,6 +53,7 @@ def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> No
         process.terminate()
 
 
+@pytest.mark.fault("two writers", "a dead holder", 1, "taken over")
 def test_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)

@@ -44,6 +44,7 @@ def save(checkpointer: Checkpointer, step: int, optimizer: torch.optim.Optimizer
     checkpointer.wait()
 
 
+@pytest.mark.fault("disk full", "tmpfs of 2 MB, save in the foreground and not", 1, "reported, no half step")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_disk_stops_the_run(world: World, small_disk: Path, mode: str) -> None:
     config, model, optimizer = small_model(world, "--job.dump_folder", str(small_disk), "--checkpoint.async_mode", mode)
@@ -57,6 +58,7 @@ def test_a_full_disk_stops_the_run(world: World, small_disk: Path, mode: str) ->
     assert folders.complete_steps(checkpointer.root) == [1]
 
 
+@pytest.mark.fault("disk full", "the same with on_save_error = continue", 1, "the next save succeeds")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_disk_may_be_waited_out(world: World, small_disk: Path, mode: str) -> None:
     argv = ("--checkpoint.async_mode", mode, "--checkpoint.on_save_error", "continue")
@@ -94,12 +96,14 @@ def fail_on_rank_one(folder: str, mode: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.fault("write error", "EIO on one of two ranks", 1, "raised on both, no half step")
 @pytest.mark.parametrize("mode", MODES)
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, mode: str) -> None:
     run_ranks(fail_on_rank_one, 2, str(tmp_path), mode)
     assert folders.complete_steps(tmp_path / "checkpoint") == [1]
 
 
+@pytest.mark.fault("lost write", "file cut behind DCP's back", 1, "not committed")
 def test_a_file_that_is_shorter_on_disk_is_not_committed(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

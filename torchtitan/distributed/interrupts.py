@@ -63,8 +63,10 @@ def children_spared() -> Iterator[None]:
 
     The data loader's would end at once, and the step that is to be saved with them.
     """
-    # Started here, for it would unblock them again.
+    # Started here, for it would unblock them again; it spares itself SIGTERM and SIGINT.
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     resource_tracker.ensure_running()
+    signal.signal(signal.SIGUSR1, handler)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
