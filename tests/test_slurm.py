@@ -151,8 +151,10 @@ def test_requeued_from_outside(tmp_path: Path, uninterrupted: list[float]) -> No
 
 
 @pytest.mark.fault("Slurm", "time limit", 1, "saved in time, requeued, finished")
-def test_out_of_time(tmp_path: Path) -> None:
+def test_out_of_time(tmp_path: Path, all_faults: bool) -> None:
     """Two minutes, of which the last one is kept in reserve, are not enough for larger steps."""
+    if not all_faults:
+        pytest.skip("takes minutes; make faults runs it")
     number = submit(tmp_path, "--time=2", "--signal=USR1@5", arguments=("--training.global_batch_size", "128"))
     wait_for_end(tmp_path, number, seconds=500)
     text = log(tmp_path)

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found, SaveError
 from torchtitan.checkpoint.init_from import find_weights, load_weights
-from torchtitan.checkpoint.manifest import Record
 from torchtitan.config import JobConfig, dump_toml
 from torchtitan.data.index import check_index, load_index
 from torchtitan.data.loader import Batch, RankSampler, build_loader, open_windows
@@ -40,6 +39,7 @@ from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_ra
 from torchtitan.outcome import State, clear_outcome, write_outcome
 from torchtitan.owner import Owner
 from torchtitan.profiling import profiling
+from torchtitan.resume import check_same_data, log_changes
 
 GRACE = 30
 """Seconds by which a collective may outlast the watchdog, which leaves more behind than a timeout."""
@@ -338,39 +338,6 @@ class Trainer:
             "seq_len": training.seq_len,
             "global_batch_size": self.degrees.global_batch_size,
         }
-
-
-def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises ValueError where a saved data cursor belongs to other data than the current one."""
-    differences = [
-        f"{key} is {saved.get(key)} there and {current[key]} here"
-        for key in ("fingerprint", "split", "seed", "shuffle", "seq_len")
-        if saved.get(key) != current[key]
-    ]
-    if differences:
-        raise ValueError(
-            "the checkpoint's data cursor belongs to other data: " + "; ".join(differences) + ". "
-            "Set it back, or start a new run from the weights with checkpoint.init_from"
-        )
-
-
-def log_changes(record: Record, config: JobConfig, degrees: Degrees) -> None:
-    """Names what is other than when the checkpoint was saved: allowed, but worth knowing."""
-    saved = record["config"]
-    changes = [
-        f"{table}.{key} from {saved[table][key]} to {value}"
-        for table, values in config.model_dump().items()
-        for key, value in values.items()
-        if table != "job" and key in saved.get(table, {}) and saved[table][key] != value
-    ]
-    if changes:
-        logger.info(f"changed since the checkpoint: {', '.join(changes)}")
-    before, now = record["data"]["global_batch_size"], degrees.global_batch_size
-    if before != now:
-        logger.warning(
-            f"a step takes {now} sequences now and took {before} before: training.global_batch_size = {before} "
-            "keeps it on any number of processes"
-        )
 
 
 @contextmanager
