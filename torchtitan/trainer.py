@@ -58,7 +58,6 @@ class Trainer:
         self.owner: Owner | None = None
         from_rank_zero(self._take_dump_folder)
         self.interrupts = Interrupts()
-        self.watchdog = Watchdog(self.dump_folder, world.rank, config.comm.init_timeout_seconds)
         logger.info(f"{config.job.description or 'run'}, writing to {self.dump_folder.absolute()}")
         torch.manual_seed(training.seed)
         if training.deterministic:
@@ -135,6 +134,7 @@ class Trainer:
     def train(self) -> None:
         """Runs to the last step, to `training.stop_after_step`, or until it is told to stop, saving as configured."""
         config, training = self.config, self.config.training
+        self.watchdog = Watchdog(self.dump_folder, self.world.rank, config.comm.init_timeout_seconds)
         last_step = min(training.steps, training.stop_after_step or training.steps)
         if self.step >= last_step:
             logger.info(f"nothing to do: the newest checkpoint is of step {self.step}, the last step is {last_step}")
