@@ -156,7 +156,7 @@ def test_out_of_time(tmp_path: Path, all_faults: bool) -> None:
     if not all_faults:
         pytest.skip("takes minutes; make faults runs it")
     number = submit(tmp_path, "--time=2", "--signal=USR1@5", arguments=("--training.global_batch_size", "128"))
-    wait_for_end(tmp_path, number, seconds=500)
+    wait_for_end(tmp_path, number, seconds=900)
     text = log(tmp_path)
     assert "stopping after this step: the job's time limit" in text
     assert "DUE TO TIME LIMIT" not in text
