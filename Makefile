@@ -1,12 +1,13 @@
 # make venv   sets up .venv from requirements.txt
 # make demo   trains a small model on made-up recordings: runs anywhere, three minutes on two cores
 # make test   all tests
+# make faults kills, damages and preempts runs for half an hour, and writes the table in docs/reliability.md
 # make lint   ruff and pyright
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: venv demo test lint
+.PHONY: venv demo test faults lint
 
 venv: $(VENV)/installed
 
@@ -20,6 +21,9 @@ demo: venv
 
 test: venv
 	$(VENV)/bin/python -m pytest
+
+faults: venv
+	$(VENV)/bin/python -m pytest -m fault --all-faults
 
 lint: venv
 	$(VENV)/bin/ruff check .

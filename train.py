@@ -6,6 +6,7 @@ On several GPUs: `torchrun --nproc_per_node N train.py …`.
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 from torchtitan.config import ConfigError, JobConfig, load_config
@@ -24,7 +25,9 @@ def main(config: JobConfig) -> None:
     # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
     import torch.distributed as dist
 
+    from torchtitan.checkpoint.checkpointer import SaveError
     from torchtitan.distributed.world import first_to_report, init_world
+    from torchtitan.owner import FolderInUseError
     from torchtitan.trainer import Trainer
 
     def fail(error: Exception) -> NoReturn:
@@ -39,7 +42,10 @@ def main(config: JobConfig) -> None:
         fail(error)
     try:
         trainer.train()
-    except (FloatingPointError, MemoryError) as error:  # a ValueError here would be a bug, and its trace is wanted
+    except (FloatingPointError, MemoryError, SaveError) as error:  # a ValueError here would be a bug
+        trainer.end("broken")
+        fail(error)
+    except FolderInUseError as error:
         fail(error)
     dist.destroy_process_group()
 
@@ -53,4 +59,9 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             logger.error(f"error: {error}")
         sys.exit(2)
-    main(config)
+    try:
+        main(config)
+    except Exception:
+        # At once: an orderly exit would wait for the loader's processes, and for ranks that are gone.
+        traceback.print_exc()
+        os._exit(1)

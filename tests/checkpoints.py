@@ -1,5 +1,7 @@
 """Writing small checkpoints, and reading whole ones to compare them."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,10 +9,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from tests.models import small_model, train_a_little
+from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.checkpointer import Checkpointer
-from torchtitan.checkpoint.folders import Record
+from torchtitan.checkpoint.manifest import Files, Record, read_manifest
 from torchtitan.checkpoint.reader import SafeLoadPlanner, SafeReader
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors, stored_tensors
+from torchtitan.checkpoint.writer import CheckedWriter
 from torchtitan.config import JobConfig
 from torchtitan.distributed.world import World
 from torchtitan.models.llama.model import Transformer
@@ -41,6 +45,21 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.full_tensor().clone() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
+def rewritten(folder: Path, change: Callable[[Record], None], tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Changes what a checkpoint's record says, and its tensors where some are given: whole, undamaged, and another."""
+    record = read_manifest(folder)
+    change(record)
+    tensors = read_checkpoint(folder) if tensors is None else tensors
+    shutil.rmtree(folder)
+    temporary = folders.begin(folder)
+    assert temporary is not None
+
+    def commit(files: Files) -> None:
+        folders.commit(temporary, folder, {**record, "files": files})
+
+    dcp.save(tensors, storage_writer=CheckedWriter(temporary, commit), no_dist=True)
+
+
 def saved(world: World, folder: Path, *argv: str, steps: tuple[int, ...] = (1,)) -> dict[str, torch.Tensor]:
     """A checkpoint of each step; returns weights and optimizer state of the last."""
     config, model, optimizer = small_model(world, "--job.dump_folder", str(folder), *argv)
@@ -58,5 +77,4 @@ def resume(config: JobConfig, model: Transformer, optimizer: torch.optim.Optimiz
     found = checkpointer.find()
     if found is None:
         return None
-    checkpointer.load(found, optimizer)
-    return found.record
+    return checkpointer.load(found, optimizer).record

@@ -67,3 +67,23 @@ def train(*arguments: str, processes: int | None = None, **environment: str) -> 
     done = run(train_command(*arguments, processes=processes), **environment)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def descendants(ancestor: int, named: bytes = b"") -> list[int]:
+    """The processes that this one has started, and those that they have; only those whose command line names that."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if named in (path / "cmdline").read_bytes() and _descends_from(path, ancestor):
+                found.append(int(path.name))
+        except OSError:  # it may end while it is looked at
+            continue
+    return found
+
+
+def _descends_from(path: Path, ancestor: int) -> bool:
+    while (parent := int((path / "stat").read_text().rpartition(")")[2].split()[1])) > 1:
+        if parent == ancestor:
+            return True
+        path = Path(f"/proc/{parent}")
+    return False

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.checkpoints import saved, whole
+from tests.checkpoints import read_checkpoint, saved, whole
 from tests.models import small_model, train_a_little
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.init_from import find_weights, load_weights
+from torchtitan.checkpoint.manifest import DamagedCheckpointError
 from torchtitan.checkpoint.state import model_tensors
 from torchtitan.distributed.world import World
 
@@ -146,6 +147,30 @@ def test_missing_keys_that_are_no_weights(world: World, tmp_path: Path) -> None:
     dcp.save(weights(world), checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(ValueError, match=r"names no weights of the model: outputs\.weight"):
         start(world, tmp_path, "--checkpoint.init_missing_keys", "outputs.weight")
+
+
+def test_what_has_no_manifest_is_loaded_with_a_warning(
+    world: World, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    dcp.save(weights(world), checkpoint_id=tmp_path / "old", no_dist=True)
+    start(world, tmp_path / "old")
+    assert f"{tmp_path}/old has no manifest" in warnings_logged.text
+    warnings_logged.clear()
+    saved(world, tmp_path)
+    start(world, tmp_path / "checkpoint")
+    assert "has no manifest" not in warnings_logged.text
+
+
+def test_damaged_weights_are_refused(world: World, tmp_path: Path) -> None:
+    saved(world, tmp_path)
+    shard = tmp_path / "checkpoint/step-1/__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    position = content.index(read_checkpoint(shard.parent)["model.norm.weight"].numpy().tobytes())
+    content[position] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"__0_0\.distcp differs from its checksum"):
+        start(world, shard.parent)
+    start(world, shard.parent, "--checkpoint.verify", "size")
 
 
 def test_a_record_by_hand_adopts_weights_trained_with_scaling(world: World, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ def metrics(step: int) -> StepMetrics:
         step=step,
         loss=1 / 3,
         grad_norm=0.5,
+        skipped_updates=0,
         lr=1e-3,
         tokens_seen=100 * step,
         epoch=None,

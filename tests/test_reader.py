@@ -65,6 +65,7 @@ def test_its_description_is_that_of_pytorchs_reader(checkpoint: Path) -> None:
     assert ours.planner_data == theirs.planner_data
 
 
+@pytest.mark.fault("planted pickle", "in .metadata", 1, "refused, did not run")
 @pytest.mark.parametrize("place", ["whole", "planner_data", "version", "storage_meta", "storage_data"])
 def test_a_payload_in_the_metadata_does_not_run(checkpoint: Path, tmp_path: Path, place: str) -> None:
     metadata = FileSystemReader(checkpoint).read_metadata()
@@ -111,6 +112,7 @@ def test_a_file_that_describes_no_checkpoint(checkpoint: Path, content: bytes) -
         SafeReader(checkpoint).read_metadata()
 
 
+@pytest.mark.fault("planted pickle", "in an item of bytes", 1, "refused, did not run")
 def test_a_payload_in_an_item_of_bytes_does_not_run(tmp_path: Path) -> None:
     state = {"weight": torch.ones(2), "extra": Payload(tmp_path / "it ran")}
     folder = tmp_path / "checkpoint"
@@ -122,6 +124,7 @@ def test_a_payload_in_an_item_of_bytes_does_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "it ran").exists()
 
 
+@pytest.mark.fault("path outside of the folder", "in .metadata", 1, "refused")
 @pytest.mark.parametrize("where", ["../secret/__0_0.distcp", "{tmp}/secret/__0_0.distcp", "a/../../x", "", 7])
 def test_nothing_outside_of_the_folder_is_read(checkpoint: Path, tmp_path: Path, where: Any) -> None:
     shutil.copytree(checkpoint, tmp_path / "secret")

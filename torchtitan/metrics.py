@@ -17,8 +17,9 @@ class StepMetrics:
 
     Attributes:
         step: number of the step, the first being 1.
-        loss: mean cross-entropy of the step's global batch, nats a token, BOS included.
-        grad_norm: norm of the gradient before clipping.
+        loss: mean cross-entropy of the step's global batch, nats a token, BOS included; None where it is not finite.
+        grad_norm: norm of the gradient before clipping; None where it is not finite.
+        skipped_updates: updates skipped since the start of this process, for what is not finite or a spike.
         lr: learning rate of the step.
         tokens_seen: tokens that all ranks have trained on since step 1.
         epoch: how often the data has been gone through, a fraction; None where it has no end.
@@ -33,8 +34,9 @@ class StepMetrics:
     """
 
     step: int
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
+    skipped_updates: int
     lr: float
     tokens_seen: int
     epoch: float | None
@@ -51,8 +53,11 @@ class StepMetrics:
         mfu = "peak unknown" if self.mfu is None else f"{self.mfu:.1%}"
         memory = "" if self.peak_reserved_gib is None else f"  memory {self.peak_reserved_gib:.1f} GiB"
         clipped = f"  clipped {self.clipped_counts:,}" if self.clipped_counts else ""
+        loss = "not finite" if self.loss is None else f"{self.loss:.4f}"
+        norm = "not finite" if self.grad_norm is None else f"{self.grad_norm:.3f}"
+        clipped += f"  skipped {self.skipped_updates}" if self.skipped_updates else ""
         return (
-            f"step {self.step:>6}  loss {self.loss:.4f}  grad norm {self.grad_norm:.3f}  lr {self.lr:.2e}  "
+            f"step {self.step:>6}  loss {loss}  grad norm {norm}  lr {self.lr:.2e}  "
             f"tokens/s/GPU {self.tokens_per_second_per_gpu:,.0f}  MFU {mfu}{memory}  "
             f"data wait {self.data_wait_share:.1%}  left {timedelta(seconds=round(self.seconds_left))}{clipped}"
         )

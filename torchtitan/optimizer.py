@@ -33,3 +33,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def step_unless(skip: torch.Tensor, optimizer: torch.optim.AdamW) -> None:
+    """Updates the parameters, or leaves them, and the optimizer's state, where `skip`, a float32 scalar, is 1.
+
+    The device decides: this is how PyTorch's fused optimizers are told of a gradient scaler's overflow.
+    """
+    vars(optimizer)["found_inf"] = skip
+    optimizer.step()

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
-from torchtitan.checkpoint.checkpointer import Checkpointer
-from torchtitan.checkpoint.folders import Record
+from torchtitan.checkpoint.checkpointer import Checkpointer, Found, SaveError
 from torchtitan.checkpoint.init_from import find_weights, load_weights
 from torchtitan.config import JobConfig, dump_toml
 from torchtitan.data.index import check_index, load_index
@@ -26,17 +25,26 @@ from torchtitan.data.loader import Batch, RankSampler, build_loader, open_window
 from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import WindowOrder, WindowSource
 from torchtitan.distributed.degrees import Degrees
+from torchtitan.distributed.interrupts import Interrupts, children_spared
 from torchtitan.distributed.parallelize import build_model, init_weights
+from torchtitan.distributed.watchdog import Watchdog
 from torchtitan.distributed.world import World, build_mesh, first_on_each_node, from_rank_zero, set_timeout
 from torchtitan.flops import FORMULA, peak_flops, training_flops
+from torchtitan.health import Health
 from torchtitan.logging import logger
 from torchtitan.metrics import MetricsWriter, StepMetrics, Stopwatch
 from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
-from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate
+from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
+from torchtitan.outcome import State, clear_outcome, write_outcome
+from torchtitan.owner import Owner
 from torchtitan.plan.choose import describe as describe_recompute
 from torchtitan.plan.resolve import resolve_recompute
 from torchtitan.profiling import profiling
+from torchtitan.resume import check_same_data, log_changes
+
+GRACE = 30
+"""Seconds by which a collective may outlast the watchdog, which leaves more behind than a timeout."""
 
 
 class Trainer:
@@ -49,7 +57,9 @@ class Trainer:
         self.config, self.world = config, world
         training = config.training
         self.dump_folder = Path(config.job.dump_folder)
-        from_rank_zero(lambda: _make_writable(self.dump_folder))
+        self.owner: Owner | None = None
+        from_rank_zero(self._take_dump_folder)
+        self.interrupts = Interrupts()
         logger.info(f"{config.job.description or 'run'}, writing to {self.dump_folder.absolute()}")
         torch.manual_seed(training.seed)
         if training.deterministic:
@@ -72,19 +82,26 @@ class Trainer:
         found = self.checkpointer.find() if config.checkpoint.enable_checkpoint else None
         source = find_weights(self.model, config.checkpoint) if config.checkpoint.init_from and not found else None
         if found is not None:
-            check_same_data(found.record["data"], self.data_state())
-            log_changes(found.record, config, self.degrees)
-            self.step, self.cursor = found.record["step"], found.record["data"]["cursor"]
-        self.first_step = self.step + 1
+            self.go_on_from(found)
+        if config.checkpoint.enable_checkpoint:
+            from_rank_zero(self.checkpointer.check_space)
 
         init_weights(self.model, world.device, training.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        recent_norms: list[float] = []
         if found is not None:
-            self.checkpointer.load(found, self.optimizer)
+            loaded = self.checkpointer.load(found, self.optimizer)
+            if loaded is not found:
+                self.go_on_from(loaded)
+            log_changes(loaded.record, config, self.degrees)
+            recent_norms = loaded.record["data"].get("recent_norms", [])
         elif source is not None:
             load_weights(self.model, source)
+        self.first_step = self.step + 1
+        self.health = Health(training, world.device, recent_norms)
 
         self.clipped_counts = 0
+        self.longest_step = 0.0
         self.stopwatch = Stopwatch()
         self.peak_flops = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
         self.describe()
@@ -116,49 +133,78 @@ class Trainer:
                 "the learning rate never reaches optimizer.lr"
             )
 
+    def go_on_from(self, found: Found) -> None:
+        """Takes over a checkpoint's step and data cursor."""
+        check_same_data(found.record["data"], self.data_state())
+        self.step, self.cursor = found.record["step"], found.record["data"]["cursor"]
+
     def train(self) -> None:
-        """Runs to the last step, or to `training.stop_after_step`, saving as configured."""
+        """Runs to the last step, to `training.stop_after_step`, or until it is told to stop, saving as configured."""
         config, training = self.config, self.config.training
+        self.watchdog = Watchdog(self.dump_folder, self.world.rank, config.comm.init_timeout_seconds)
         last_step = min(training.steps, training.stop_after_step or training.steps)
         if self.step >= last_step:
             logger.info(f"nothing to do: the newest checkpoint is of step {self.step}, the last step is {last_step}")
-            self.finish()
+            self.finish(last_step)
             return
         from_rank_zero(lambda: _write_config(self.dump_folder / "config.toml", config))
-        batches = iter(self.loader())
+        with children_spared():
+            batches = iter(self.loader())
+        stopping = False
         self.stopwatch.restart()
         with (
             closing(MetricsWriter(config.metrics, self.dump_folder, self.world.rank, self.first_step)) as writer,
             profiling(config, self.world.rank, self.step) as profilers,
             no_garbage_collection(),
         ):
-            while self.step < last_step:
+            while self.step < last_step and not stopping:
                 self.step += 1
+                began = time.monotonic()
                 loss, grad_norm = self.train_step(batches)
                 self.cursor += self.degrees.global_batch_size
-                if self.is_logged(last_step) or self.is_saved(last_step):
-                    norm = finite_norm(grad_norm, self.step)
-                    if self.is_logged(last_step):
-                        writer.write(self.report(loss, norm))
+                stopping = self.agree()
+                saving = self.is_saved(last_step if not stopping else self.step)
+                self.health.learn(all_of_them=saving or self.is_logged(last_step))
+                if self.is_logged(last_step):
+                    writer.write(self.report(float(loss), float(grad_norm)))
                 if self.step == self.first_step:
                     # Compilation and the start of the loader are over.
-                    set_timeout(self.mesh, config.comm.train_timeout_seconds)
+                    set_timeout(self.mesh, config.comm.train_timeout_seconds + GRACE)
                     self.stopwatch.restart()
+                else:
+                    self.longest_step = max(self.longest_step, time.monotonic() - began)
                 if self.step % training.gc_freq == 0:
                     gc.collect()
-                self.checkpointer.poll()
-                if self.is_saved(last_step):
-                    self.checkpointer.save(self.step, self.data_state(), self.optimizer)
+                if saving:
+                    self.save()
                     self.stopwatch.restart()
+                self.watchdog.allow(config.comm.train_timeout_seconds)
                 for profiler in profilers:
                     profiler.step()
-        self.finish()
+        self.finish(last_step)
+
+    def agree(self) -> bool:
+        """Whether all ranks stop after this step; deals with a save in the background that has failed."""
+        needed = 2 * (self.longest_step + self.checkpointer.save_seconds)
+        stopping, failed = self.interrupts.agree(needed, self.checkpointer.failed())
+        if failed:
+            self.checkpointer.wait()
+        return stopping
+
+    def save(self) -> None:
+        """Saves this step, if the folder is still this run's."""
+        self.watchdog.allow(self.config.comm.save_timeout_seconds)
+        from_rank_zero(lambda: self.owner and self.owner.check())
+        data = {**self.data_state(), "recent_norms": self.health.norms()}
+        self.checkpointer.save(self.step, data, self.optimizer)
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on the next global batch.
 
+        The update is skipped where loss or gradient are not finite, on all ranks together.
+
         Returns:
-            This rank's share of the batch's mean loss, and the norm of the whole gradient, as scalars on the device.
+            The batch's mean loss, and the norm of the whole gradient before clipping, as scalars on the device.
         """
         training = self.config.training
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.optimizer, training))
@@ -181,16 +227,23 @@ class Trainer:
             # FSDP averages gradients over the ranks; the mean is already taken above, so this must be a sum.
             (loss * self.world.size).backward()
             step_loss += loss.detach()
-        grad_norm = clip_grad_norm_(self.model.parameters(), training.max_norm)
-        self.optimizer.step()
+        step_loss = step_loss.double()
+        dist.all_reduce(step_loss)
+        grad_norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        assert isinstance(grad_norm, DTensor)
+        grad_norm = grad_norm.full_tensor()
+        clip_grads_with_norm_(self.model.parameters(), training.max_norm, grad_norm)
+        first = self.cursor
+        step_unless(
+            self.health.judge(self.step, step_loss, grad_norm, lambda: self.windows_from(first)), self.optimizer
+        )
         self.stopwatch.steps += 1
         return step_loss, grad_norm
 
-    def report(self, loss: torch.Tensor, grad_norm: float) -> StepMetrics:
+    def report(self, loss: float, grad_norm: float) -> StepMetrics:
         """The metrics of the step just done. Steps without a report do not make the host wait for the device."""
-        sums = torch.stack((loss.double(), torch.tensor(self.clipped_counts, dtype=torch.float64, device=loss.device)))
-        dist.all_reduce(sums)
-        mean_loss, clipped = sums.tolist()
+        clipped = torch.tensor(self.clipped_counts, device=self.world.device)
+        dist.all_reduce(clipped)
 
         steps, elapsed = self.stopwatch.steps, self.stopwatch.elapsed
         tokens = steps * self.tokens_per_step / self.world.size
@@ -200,8 +253,9 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         metrics = StepMetrics(
             step=self.step,
-            loss=mean_loss,
-            grad_norm=grad_norm,
+            loss=loss if math.isfinite(loss) else None,
+            grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+            skipped_updates=self.health.skipped,
             lr=learning_rate(self.step, self.config.optimizer, self.config.training),
             tokens_seen=self.cursor * self.config.training.seq_len,
             epoch=None if self.windows.num_windows is None else self.cursor / self.windows.num_windows,
@@ -217,16 +271,43 @@ class Trainer:
         self.stopwatch.restart()
         return metrics
 
-    def finish(self) -> None:
-        """Exports the weights if asked to, waits for the last save, and says where everything is."""
+    def finish(self, last_step: int) -> None:
+        """Exports the weights if asked to, waits for the last save, and states how the run ended, and where it is.
+
+        Raises:
+            SaveError: where the last step is not saved.
+        """
         steps, checkpoint = self.config.training.steps, self.config.checkpoint
+        self.watchdog.allow(self.config.comm.save_timeout_seconds)
+        self.checkpointer.wait()
         if self.step >= steps and checkpoint.model_weights_only:
             self.checkpointer.export(self.step)
-        self.checkpointer.wait()
+        if checkpoint.enable_checkpoint and not self.checkpointer.is_saved(self.step):
+            raise SaveError(f"the last step, {self.step}, is not saved")
+        self.watchdog.close()
+        from_rank_zero(lambda: self.end("finished" if self.step >= last_step else "go_on"))
         logger.info(f"step {self.step} of {steps} is done; metrics in {self.dump_folder / 'metrics.jsonl'}")
         if checkpoint.enable_checkpoint:
             going_on = "; the same command, without training.stop_after_step, goes on" if self.step < steps else ""
             logger.info(f"checkpoints in {self.checkpointer.root}{going_on}")
+
+    def end(self, state: State) -> None:
+        """On rank 0: states the outcome and leaves the folder to others."""
+        if self.owner is not None:
+            write_outcome(self.dump_folder, state, self.step)
+            self.owner.release()
+            self.owner = None
+
+    def _take_dump_folder(self) -> None:
+        _make_writable(self.dump_folder)
+        self.owner = Owner(self.dump_folder)
+        clear_outcome(self.dump_folder)
+
+    def windows_from(self, cursor: int) -> list[int]:
+        """The windows of the step that begins at this cursor."""
+        training = self.config.training
+        order = WindowOrder(self.windows.num_windows, seed=training.seed, shuffle=training.shuffle)
+        return [order[position] for position in range(cursor, cursor + self.degrees.global_batch_size)]
 
     def loader(self) -> DataLoader[Batch]:
         """Loads this rank's batches from the cursor on."""
@@ -264,51 +345,6 @@ class Trainer:
             "seq_len": training.seq_len,
             "global_batch_size": self.degrees.global_batch_size,
         }
-
-
-def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises ValueError where a saved data cursor belongs to other data than the current one."""
-    differences = [
-        f"{key} is {saved.get(key)} there and {current[key]} here"
-        for key in ("fingerprint", "split", "seed", "shuffle", "seq_len")
-        if saved.get(key) != current[key]
-    ]
-    if differences:
-        raise ValueError(
-            "the checkpoint's data cursor belongs to other data: " + "; ".join(differences) + ". "
-            "Set it back, or start a new run from the weights with checkpoint.init_from"
-        )
-
-
-def log_changes(record: Record, config: JobConfig, degrees: Degrees) -> None:
-    """Names what is other than when the checkpoint was saved: allowed, but worth knowing."""
-    saved = record["config"]
-    changes = [
-        f"{table}.{key} from {saved[table][key]} to {value}"
-        for table, values in config.model_dump().items()
-        for key, value in values.items()
-        if table != "job" and key in saved.get(table, {}) and saved[table][key] != value
-    ]
-    if changes:
-        logger.info(f"changed since the checkpoint: {', '.join(changes)}")
-    before, now = record["data"]["global_batch_size"], degrees.global_batch_size
-    if before != now:
-        logger.warning(
-            f"a step takes {now} sequences now and took {before} before: training.global_batch_size = {before} "
-            "keeps it on any number of processes"
-        )
-
-
-def finite_norm(grad_norm: torch.Tensor, step: int) -> float:
-    """The gradient's norm; raises FloatingPointError, on all ranks alike, where it is nan or infinite."""
-    assert isinstance(grad_norm, DTensor)
-    norm = float(grad_norm.full_tensor())
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient's norm is {norm} at step {step}, so the weights are lost; go on from the newest checkpoint "
-            "with a lower optimizer.lr or other data"
-        )
-    return norm
 
 
 @contextmanager

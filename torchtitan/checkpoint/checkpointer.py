@@ -1,5 +1,7 @@
 """Saves the training state every so often, and finds it again."""
 
+import shutil
+import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -9,11 +11,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchtitan import __version__
 from torchtitan.checkpoint import folders
-from torchtitan.checkpoint.folders import Record
+from torchtitan.checkpoint.init_from import files_to_verify
+from torchtitan.checkpoint.manifest import DamagedCheckpointError, Files, Record, read_manifest
 from torchtitan.checkpoint.state import (
     Tensors,
     load_tensors,
@@ -25,10 +29,15 @@ from torchtitan.checkpoint.state import (
     set_random_state,
     stored_tensors,
 )
+from torchtitan.checkpoint.writer import CheckedWriter
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.world import from_rank_zero
 from torchtitan.logging import logger
 from torchtitan.models.llama.model import Transformer
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; all ranks raise it."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +50,18 @@ class Found:
 
 @dataclass(frozen=True)
 class Pending:
-    """A save in the background: what is awaited, and what has to be committed then."""
+    """A save in the background: what is awaited, and where it goes to."""
 
     saving: Future[Any]
-    temporary: Path
     folder: Path
-    record: Record
 
 
 class Checkpointer:
-    """The checkpoints of one run. All its methods but `poll` are collective: every rank calls them."""
+    """The checkpoints of one run. All its methods but `failed` are collective: every rank calls them.
+
+    Attributes:
+        save_seconds: the longest that a save of this process has taken until it was committed.
+    """
 
     def __init__(self, config: JobConfig, model: Transformer) -> None:
         self.config = config.checkpoint
@@ -65,25 +76,41 @@ class Checkpointer:
         # limit is that of the slowest disk.
         timeout = timedelta(seconds=config.comm.save_timeout_seconds)
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        # The writer also holds the copy in host memory that a background save writes from, pinned if it is kept.
+        # Holds the copy in host memory that a background save writes from, pinned if it is kept.
         pinned = self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
-        self.writer = FileSystemWriter(self.root, cache_staged_state_dict=pinned)
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
         self.pending: Pending | None = None
+        self.save_seconds = 0.0
+
+    def check_space(self) -> None:
+        """On one rank: raises ValueError where the disk has no room for two checkpoints, those there are counted."""
+        # Weights and AdamW's two moments, float32; the rest is small.
+        size = 3 * 4 * sum(parameter.numel() for parameter in self.model.parameters())
+        needed = max(1, 2 - len(folders.complete_steps(self.root))) * size
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise ValueError(
+                f"{self.root}: {needed:,} bytes are needed for checkpoints of {size:,} bytes each, one of which is "
+                f"kept while the next is written, and {free:,} are free; make room, or choose another job.dump_folder"
+            )
 
     def find(self) -> Found | None:
         """The newest step, or the one of `checkpoint.load_step`, of a model of this shape; None if there is none.
 
         Raises:
-            ValueError: where that step is not there or is of another model, or what lies there is no checkpoint of
-                this program.
+            DamagedCheckpointError: where that step has no valid manifest or lacks files. With `checkpoint.fall_back`
+                it is set aside, and the step before it taken.
+            ValueError: where that step is not there or is of another model, or holds no training state.
         """
-        steps = from_rank_zero(lambda: folders.tidy(self.root), self.group)
+        from_rank_zero(lambda: folders.tidy(self.root), self.group)
         wanted = self.config.load_step
-        found = self._read(steps[-1]) if steps else None
+        found = self._newest()
         # What was written under the same load_step is this run's own: the command is repeated, and the step that it
         # names may have been removed since.
         own = found is not None and found.record["config"]["checkpoint"]["load_step"] == wanted
         if wanted != -1 and not own:
+            steps = from_rank_zero(lambda: folders.named_steps(self.root), self.group)
             if wanted not in steps:
                 there = f"there are {', '.join(map(str, steps))}" if steps else "there is no checkpoint at all"
                 raise ValueError(
@@ -94,85 +121,156 @@ class Checkpointer:
             raise_mismatches(found.folder, self.model.shape.differences(found.record["model"]))
         return found
 
+    def _newest(self) -> Found | None:
+        steps = from_rank_zero(lambda: folders.named_steps(self.root), self.group)
+        damaged = None
+        for step in reversed(steps):
+            try:
+                return self._read(step)
+            except DamagedCheckpointError as error:
+                self._fall_back(error)
+                damaged = error
+        if damaged is not None:  # a run that was under way must not begin anew because of it
+            raise ValueError(f"no step in {self.root} is undamaged; the oldest one: {damaged}") from damaged
+        return None
+
     def _read(self, step: int) -> Found:
         folder = folders.step_folder(self.root, step)
-        record = from_rank_zero(lambda: folders.read_record(folder), self.group)
-        if record is None or record.get("kind") != "training":
+        record = from_rank_zero(lambda: read_manifest(folder), self.group)
+        if record["kind"] != "training":
             raise ValueError(f"{folder} does not hold a training state; start from its weights: checkpoint.init_from")
         return Found(folder, record)
 
-    def load(self, found: Found, optimizer: torch.optim.Optimizer) -> None:
-        """Loads that checkpoint into the model, the optimizer and the random generators.
+    def _fall_back(self, error: DamagedCheckpointError) -> None:
+        """Sets the damaged step aside where the configuration allows it; raises the error where it does not."""
+        if not self.config.fall_back:
+            raise DamagedCheckpointError(
+                error.folder,
+                f"{error.reason}. checkpoint.fall_back = true sets it aside and takes the step before it; if another "
+                "program wrote it, start from its weights with checkpoint.init_from in another dump folder",
+            ) from error
+        aside = from_rank_zero(lambda: folders.set_aside(error.folder, "damaged"), self.group)
+        logger.warning(f"{error}; it is now {aside.name}, and the step before it is taken")
 
-        Where an older step was asked for, the newer ones are renamed: the run that goes on from here writes its own.
+    def load(self, found: Found, optimizer: torch.optim.Optimizer) -> Found:
+        """Loads that checkpoint into the model, the optimizer and the random generators; returns what was loaded.
+
+        That is another one where the files turn out to be damaged and `checkpoint.fall_back` allows it. Where an older
+        step was asked for, the newer ones are renamed: the run that goes on from here writes its own.
 
         Raises:
+            DamagedCheckpointError: where a file is not as it was written.
             ValueError: listing every tensor that is missing, unexpected, of another shape or dtype.
         """
-        stored = from_rank_zero(lambda: stored_tensors(found.folder), self.group)
+        try:
+            self._load(found, optimizer)
+        except DamagedCheckpointError as error:
+            self._fall_back(error)
+            before = self.find()
+            if before is None:
+                raise ValueError(f"there is no step before it: {error}") from error
+            return self.load(before, optimizer)
+        from_rank_zero(lambda: folders.set_aside_after(self.root, found.record["step"]), self.group)
+        logger.info(f"resuming from {found.folder}")
+        return found
+
+    def _load(self, found: Found, optimizer: torch.optim.Optimizer) -> None:
+        files = files_to_verify(found.record, self.config)
+        stored = from_rank_zero(lambda: stored_tensors(found.folder, files), self.group)
         state = model_tensors(self.model) | optimizer_tensors(self.model, optimizer)
         training_stored = {name: entry for name, entry in stored.items() if not name.startswith("random.")}
         raise_mismatches(found.folder, mismatches(state, training_stored))
         # On more ranks than it was saved on, the new ones keep the random state they have.
         random = {name: value for name, value in random_state().items() if name in stored}
-        load_tensors(state | random, found.folder, self.group)
+        load_tensors(state | random, found.folder, self.group, files)
         set_random_state(random)
-        from_rank_zero(lambda: folders.set_aside_after(self.root, found.record["step"]), self.group)
-        logger.info(f"resuming from {found.folder}")
 
     def save(self, step: int, data: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Saves everything that going on from this step needs; `data` is the data cursor and what it belongs to.
 
         In the asynchronous modes the files are written behind the caller's back; the save before is awaited first.
         A step that exists is left as it is.
+
+        Raises:
+            SaveError: see `wait`.
         """
-        self.wait()
-        folder = folders.step_folder(self.root, step)
-        temporary = from_rank_zero(lambda: folders.begin(folder), self.group)
-        if temporary is None:
-            return
         record = {"kind": "training", "step": step, "data": data, **self.description}
         state = model_tensors(self.model) | optimizer_tensors(self.model, optimizer) | random_state()
-        if self.config.async_mode == "disabled":
-            dcp.save(state, checkpoint_id=temporary, storage_writer=self.writer, process_group=self.group)
-            from_rank_zero(lambda: self._commit(temporary, folder, record), self.group)
-        else:
-            saving = dcp.async_save(
-                state, checkpoint_id=temporary, storage_writer=self.writer, process_group=self.group
-            )
-            self.pending = Pending(cast(Future[Any], saving), temporary, folder, record)
-
-    def poll(self) -> None:
-        """Commits a background save that has come to its end; raises what went wrong in it."""
-        pending = self.pending
-        if pending is not None and pending.saving.done():
-            self.pending = None
-            pending.saving.result()
-            if dist.get_rank() == 0:
-                self._commit(pending.temporary, pending.folder, pending.record)
-
-    def wait(self) -> None:
-        """Waits for the save in the background, if there is one, and commits it."""
-        if self.pending is not None:
-            self.pending.saving.result()
-        self.poll()
-        dist.barrier(group=self.group)
+        self._write(state, folders.step_folder(self.root, step), record, self.config.async_mode != "disabled")
 
     def export(self, step: int) -> None:
         """Writes the weights alone to `export/step-N`, in `checkpoint.export_dtype`, unless it exists."""
-        self.wait()
-        folder = folders.step_folder(self.root / "export", step)
-        temporary = from_rank_zero(lambda: folders.begin(folder), self.group)
-        if temporary is None:
-            return
         dtype = getattr(torch, self.config.export_dtype)
         weights: Tensors = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
-        dcp.save(weights, storage_writer=FileSystemWriter(temporary), process_group=self.group)
         record = {"kind": "weights", "step": step, **self.description}
-        from_rank_zero(lambda: folders.commit(temporary, folder, record), self.group)
-        logger.info(f"weights exported to {folder}")
+        self._write(weights, folders.step_folder(self.root / "export", step), record, in_background=False)
 
-    def _commit(self, temporary: Path, folder: Path, record: Record) -> None:
-        folders.commit(temporary, folder, record)
-        logger.info(f"checkpoint {folder} is complete")
-        folders.keep_latest(self.root, self.config.keep_latest_k)
+    def _write(self, state: Tensors, folder: Path, record: Record, in_background: bool) -> None:
+        self.wait()
+        started = time.monotonic()
+        temporary = self._temporary(folder)
+        if temporary is None:
+            return
+
+        def commit(files: Files) -> None:
+            """On rank 0, in the background too; what it raises all ranks raise."""
+            folders.commit(temporary, folder, {**record, "files": files})
+            logger.info(f"checkpoint {folder} is complete")
+            folders.keep_latest(self.root, self.config.keep_latest_k)
+
+        def note_time(_: Future[Any]) -> None:
+            self.save_seconds = max(self.save_seconds, time.monotonic() - started)
+
+        writer = CheckedWriter(temporary, commit)
+        if in_background:
+            saving = dcp.async_save(state, storage_writer=writer, async_stager=self.stager, process_group=self.group)
+            saving = cast(Future[Any], saving)
+        else:
+            saving = Future[Any]()
+            try:
+                saving.set_result(dcp.save(state, storage_writer=writer, process_group=self.group))
+            except (Exception, CheckpointException) as error:
+                saving.set_exception(error)
+        saving.add_done_callback(note_time)
+        self.pending = Pending(saving, folder)
+        if not in_background:
+            self.wait()
+
+    def _temporary(self, folder: Path) -> Path | None:
+        try:
+            return from_rank_zero(lambda: folders.begin(folder), self.group)
+        except OSError as error:
+            self._report_failure(folder, error)
+            return None
+
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in the background has failed; `wait` then deals with it."""
+        return self.pending is not None and self.pending.saving.done() and bool(self.pending.saving.exception())
+
+    def wait(self) -> None:
+        """Waits for the save in the background, if there is one.
+
+        Raises:
+            SaveError: where it has failed, on whichever rank, unless `checkpoint.on_save_error` is "continue".
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.saving.result()
+        except (Exception, CheckpointException) as error:  # DCP's is no Exception
+            self._report_failure(pending.folder, error)
+
+    def _report_failure(self, folder: Path, error: BaseException) -> None:
+        temporary = folder.with_name(folder.name + folders.TEMPORARY)
+        from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True), self.group)
+        causes = getattr(error, "failures", {0: (error, None)})  # DCP collects those of all ranks
+        reasons = "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in causes.items())
+        message = f"checkpoint {folder} could not be written: {reasons}"
+        if self.config.on_save_error == "stop":
+            raise SaveError(message) from error
+        logger.error(f"{message}; training goes on (checkpoint.on_save_error)")
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the step is there; a save in the background has to be awaited first."""
+        return from_rank_zero(lambda: folders.step_folder(self.root, step).is_dir(), self.group)

@@ -1,25 +1,18 @@
-"""How checkpoints lie on disk: `step-N/`, each with DCP's files and a record of what it holds.
+"""How checkpoints lie on disk: `step-N/`, each with DCP's files and a manifest.
 
-A checkpoint is written to a temporary folder, which is renamed when everything in it is on disk: a folder that has
-the name of a step is complete.
+A checkpoint is written to a temporary folder, which is renamed when everything in it is on disk: only then does the
+step exist. What has the name of a step and no valid manifest is damaged, and counts nowhere.
 """
 
-import json
-import os
 import re
 import shutil
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from torchtitan.checkpoint.manifest import DamagedCheckpointError, Record, read_manifest, sync_folder, write_manifest
 from torchtitan.logging import logger
 
-RECORD = "checkpoint.json"
-FORMAT = 1
-TEMPORARY, REMOVED, SET_ASIDE = ".tmp", ".removed", ".superseded"
-
-Record = dict[str, Any]
-"""What a checkpoint says of itself: format, kind, step, model shape, data cursor, configuration, versions."""
+TEMPORARY, REMOVED = ".tmp", ".removed"
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -27,34 +20,32 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step}"
 
 
+def named_steps(root: Path) -> list[int]:
+    """The steps whose folders are there, oldest first, damaged ones included."""
+    folders = root.iterdir() if root.is_dir() else ()
+    names = (re.fullmatch(r"step-(0|[1-9]\d*)", folder.name) for folder in folders)
+    return sorted(int(name[1]) for name in names if name)
+
+
 def complete_steps(root: Path) -> list[int]:
-    """The steps that are there, oldest first."""
-    return sorted(step for step, folder in _step_folders(root) if is_complete(folder))
+    """The steps with a valid manifest, and files of the sizes that it lists, oldest first."""
+    return [step for step in named_steps(root) if is_complete(step_folder(root, step))]
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint of this format."""
-    return (folder / RECORD).is_file() and (folder / ".metadata").is_file()
+    """Whether the folder holds a checkpoint with a valid manifest, and files of the sizes that it lists."""
+    try:
+        read_manifest(folder)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
-def tidy(root: Path) -> list[int]:
-    """Removes what interrupted saves and removals have left behind; returns the complete steps, oldest first.
-
-    Raises:
-        ValueError: where a folder has the name of a step, but is not a checkpoint of this format: it would be in the
-            way of that step.
-    """
-    if root.is_dir():
-        for left_over in root.iterdir():
-            if re.fullmatch(rf"step-\d+({TEMPORARY}|{REMOVED})", left_over.name):
-                shutil.rmtree(left_over, ignore_errors=True)
-    for _, folder in _step_folders(root):
-        if not is_complete(folder):
-            raise ValueError(
-                f"{folder} is not a checkpoint of this program: it lacks .metadata or {RECORD}. Move it away, "
-                "or start from its weights with checkpoint.init_from in another dump folder"
-            )
-    return complete_steps(root)
+def tidy(root: Path) -> None:
+    """Removes what interrupted saves and removals have left behind."""
+    for left_over in root.iterdir() if root.is_dir() else ():
+        if re.fullmatch(rf"step-\d+({TEMPORARY}|{REMOVED})", left_over.name):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def begin(folder: Path) -> Path | None:
@@ -69,21 +60,14 @@ def begin(folder: Path) -> Path | None:
 
 
 def commit(temporary: Path, folder: Path, record: Record) -> None:
-    """Adds the record and gives the folder its name: from here on the checkpoint exists."""
-    with open(temporary / RECORD, "w") as file:
-        json.dump({"format": FORMAT, **record}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    """Adds the manifest and gives the folder its name: from here on the checkpoint exists."""
+    write_manifest(temporary, record)
     temporary.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent)
 
 
 def keep_latest(root: Path, number: int) -> None:
-    """Removes all but the `number` newest steps; 0 keeps all. What cannot be removed is named and left."""
+    """Removes all but the `number` newest complete steps; 0 keeps all. What cannot be removed is named and left."""
     for step in complete_steps(root)[:-number] if number else []:
         folder = step_folder(root, step)
         try:
@@ -93,34 +77,15 @@ def keep_latest(root: Path, number: int) -> None:
             logger.warning(f"{folder} could not be removed: {error}")
 
 
+def set_aside(folder: Path, reason: str) -> Path:
+    """Renames a step to `step-N.{reason}-1`, or the next number that is free: it makes room, and is not lost."""
+    names = (folder.with_name(f"{folder.name}.{reason}-{number}") for number in count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
+
+
 def set_aside_after(root: Path, step: int) -> None:
     """Renames all newer steps: they belong to another continuation than the one that begins at `step`."""
-    for newer in (found for found in complete_steps(root) if found > step):
+    for newer in (found for found in named_steps(root) if found > step):
         folder = step_folder(root, newer)
-        names = (folder.with_name(f"{folder.name}{SET_ASIDE}-{number}") for number in count(1))
-        aside = folder.rename(next(name for name in names if not name.exists()))
+        aside = set_aside(folder, "superseded")
         logger.warning(f"{folder} is newer than the step that was asked for; it is now {aside.name}")
-
-
-def read_record(folder: Path) -> Record | None:
-    """What the checkpoint says of itself; None where it says nothing, as other programs' checkpoints.
-
-    Raises:
-        ValueError: where the record cannot be read or is of another format.
-    """
-    path = folder / RECORD
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a record of format {FORMAT}")
-    return record
-
-
-def _step_folders(root: Path) -> list[tuple[int, Path]]:
-    folders = root.iterdir() if root.is_dir() else ()
-    named = ((re.fullmatch(r"step-(0|[1-9]\d*)", folder.name), folder) for folder in folders)
-    return [(int(name[1]), folder) for name, folder in named if name]

@@ -1,20 +1,25 @@
-"""Reads DCP checkpoints without running what is in them.
+"""Reads DCP checkpoints without running what is in them, and compares what it reads with its checksums.
 
-`.metadata` is a pickle, and so is every item that is not a tensor; PyTorch's own reader runs whatever they contain.
+`.metadata` is a pickle, and so is every item that is not a tensor; PyTorch's own reader runs whatever they contain, and
+takes every byte as it comes.
 """
 
 import io
+import os
 import pathlib
 import pickle
+import zlib
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem, metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+
+from torchtitan.checkpoint.manifest import DamagedCheckpointError, Files, check_file, offsets
 
 ALLOWED = {
     **{
@@ -45,7 +50,18 @@ ALLOWED = {
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader, for a checkpoint whose writer is not trusted: see `read_metadata`."""
+    """DCP's reader, for a checkpoint whose writer is not trusted: see `read_metadata`.
+
+    What is read of the files in `files`, those of its manifest, is compared with their checksums; where it differs,
+    a DamagedCheckpointError is raised.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: Files | None = None) -> None:
+        super().__init__(path)
+        self.files = files or {}
+        self.checksums = {
+            (name, offset): checksum for name, segments in self.files.items() for offset, checksum in offsets(segments)
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the checkpoint holds, and where; nothing but PyTorch's own descriptions of tensors is built for it.
@@ -55,6 +71,8 @@ class SafeReader(FileSystemReader):
                 checkpoint's folder.
         """
         path = Path(self.path) / ".metadata"
+        if path.name in self.files:
+            check_file(path.parent, path.name, self.files[path.name])
         try:
             with open(path, "rb") as file:
                 found = _MetadataUnpickler(file).load()
@@ -68,6 +86,18 @@ class SafeReader(FileSystemReader):
         found.storage_meta = getattr(found, "storage_meta", None) or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
+
+    def _slice_file(self, file: IO[bytes], sinfo: filesystem._StorageInfo) -> IO[bytes]:
+        """The bytes of one item: what the base class reads all items through."""
+        if sinfo.relative_path not in self.files:
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        content = file.read(sinfo.length)
+        if zlib.crc32(content) != self.checksums.get((sinfo.relative_path, sinfo.offset)):
+            raise DamagedCheckpointError(
+                Path(self.path), f"{sinfo.relative_path} differs from its checksum behind byte {sinfo.offset:,}"
+            )
+        return io.BytesIO(content)
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
+from torchtitan.checkpoint.manifest import DamagedCheckpointError, Files
 from torchtitan.checkpoint.reader import SafeLoadPlanner, SafeReader
 
 Tensors = dict[str, torch.Tensor]
@@ -44,7 +45,7 @@ def set_random_state(states: Tensors) -> None:
             torch.cuda.set_rng_state(state)
 
 
-def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata | None]:
+def stored_tensors(folder: Path, files: Files | None = None) -> dict[str, TensorStorageMetadata | None]:
     """What a DCP checkpoint holds, by name: shape and dtype of each tensor, None for what is not one.
 
     Raises:
@@ -52,25 +53,32 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata | None]:
     """
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder} is not a DCP checkpoint: it has no .metadata file")
-    stored = SafeReader(folder).read_metadata().state_dict_metadata
+    stored = SafeReader(folder, files).read_metadata().state_dict_metadata
     return {name: entry if isinstance(entry, TensorStorageMetadata) else None for name, entry in stored.items()}
 
 
-def load_tensors(tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def load_tensors(
+    tensors: Tensors, folder: Path, group: dist.ProcessGroup | None = None, files: Files | None = None
+) -> None:
     """Loads these tensors, in place, from a DCP checkpoint; each rank reads what it needs of them.
 
+    What is read of `files` is compared with their checksums.
+
     Raises:
-        ValueError: where a file of the checkpoint is absent or cannot be read.
+        DamagedCheckpointError: where a file is absent, or is not what was written.
+        ValueError: where a file cannot be read for another reason.
     """
+    reader, planner = SafeReader(folder, files), SafeLoadPlanner()
     try:
-        dcp.load(tensors, storage_reader=SafeReader(folder), planner=SafeLoadPlanner(), process_group=group)
+        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
-        raise ValueError(
-            f"{folder} is damaged and cannot be loaded ({reason}); take an older step, with checkpoint.load_step or "
-            "as the folder of checkpoint.init_from"
-        ) from error
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, DamagedCheckpointError):
+            raise DamagedCheckpointError(folder, cause.reason) from error
+        reason = f"rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise ValueError(f"{folder} cannot be read ({reason})") from error
+        raise DamagedCheckpointError(folder, reason) from error
 
 
 def mismatches(wanted: Tensors, stored: dict[str, TensorStorageMetadata | None], *, widen: bool = False) -> list[str]:

@@ -135,6 +135,11 @@ class Training(Table):
     goes on. The schedule still spans all `steps`."""
     max_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
+    max_bad_steps: PositiveInt = 10
+    """A step whose loss or gradient is not finite makes no update; after that many of them in a row the run stops."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """Make no update from a gradient whose norm is more than that many times the median of the last 128 ones. Unset:
+    every finite gradient is used."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, the order of the windows and the synthetic data."""
     deterministic: bool = False
@@ -179,6 +184,14 @@ class Checkpoint(Table):
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`async` copies the state to host memory and writes it while training goes on; with pinned memory the copy
     is faster and its buffers stay allocated."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, a full disk for one: `stop` ends the run, `continue` trains on towards the
+    next one. The step is not there then, and the last one must be."""
+    verify: Literal["full", "size"] = "full"
+    """What is checked when a checkpoint is loaded, beside its manifest: the checksums of all bytes that are read, or
+    the sizes of the files alone."""
+    fall_back: bool = False
+    """Where the newest checkpoint is damaged, set it aside and go on from the one before it. Off: name it and stop."""
     load_step: PositiveOrAuto = -1
     """Step to resume from; it must exist. -1: the newest complete one, or a fresh start where there is none.
     Newer steps are set aside; the same command again goes on from what it has written itself."""
@@ -220,7 +233,8 @@ class Comm(Table):
     init_timeout_seconds: PositiveInt = 1800
     """Limit for one collective until the first step is done: the first reading of a dataset, loading, compilation."""
     train_timeout_seconds: PositiveInt = 300
-    """Limit for one collective after the first step."""
+    """Limit for a step after the first one: a process that takes longer ends, and leaves its stacks in `hangs` in
+    the dump folder."""
     save_timeout_seconds: PositiveInt = 1800
     """Limit for one collective of saving and loading a checkpoint: the slowest rank's disk."""
 

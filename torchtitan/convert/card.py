@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchtitan.checkpoint import folders
-from torchtitan.checkpoint.folders import Record
 from torchtitan.checkpoint.init_from import checkpoint_folder
+from torchtitan.checkpoint.manifest import Record, read_record
 from torchtitan.data.recordings import HUB_DATASETS
 from torchtitan.models.llama.shape import ModelShape
 
@@ -61,7 +60,7 @@ def source_weights(record: Record) -> dict[str, Any] | None:
         seen.add(init_from)
         try:
             folder = checkpoint_folder(Path(init_from).expanduser(), "checkpoint.init_from")
-            record = folders.read_record(folder) or {}
+            record = read_record(folder) or {}
         except ValueError:  # it has been moved, or was on another machine
             record = {}
         run = record.get("config", {}).get("job", {}).get("dump_folder", init_from)

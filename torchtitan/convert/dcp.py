@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan.checkpoint import folders
+from torchtitan.checkpoint.manifest import RECORD, read_manifest, read_record
 from torchtitan.checkpoint.reader import SafeReader
 from torchtitan.convert.archive import Archive, Stored, write_tensor
 from torchtitan.convert.weights import Source, Tensors, Weight, check_dtypes, check_weights, group_left_out
@@ -34,7 +34,10 @@ def open_dcp(folder: Path, flavor: str | None = None, rope_scaling: str | None =
     """
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder} is not a DCP checkpoint: it has no .metadata file")
-    metadata = SafeReader(folder).read_metadata()
+    record = read_record(folder) or {}
+    # The tensors' own checksums are compared where they are read.
+    files = read_manifest(folder)["files"] if "files" in record else {}
+    metadata = SafeReader(folder, {name: files[name] for name in files if name == ".metadata"}).read_metadata()
     entries = {
         name: entry for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
     }
@@ -47,9 +50,8 @@ def open_dcp(folder: Path, flavor: str | None = None, rope_scaling: str | None =
     }
     found = {name.removeprefix(prefix): weight.shape for name, weight in ours.items()}
 
-    record = folders.read_record(folder) or {}
     shape = _shape(folder, record, flavor, rope_scaling, found)
-    stated_in = folders.RECORD if "dim" in record.get("model", {}) else f"--flavor {flavor}"
+    stated_in = RECORD if "dim" in record.get("model", {}) else f"--flavor {flavor}"
     order = check_weights(folder, stated_in, shape, found)
     check_dtypes(folder, ours)
     tensors = Tensors(
@@ -103,7 +105,7 @@ def _shape(
         try:
             shape = ModelShape(**recorded)
         except TypeError as error:
-            raise ValueError(f"{folder / folders.RECORD}: not the shape of a model: {error}") from error
+            raise ValueError(f"{folder / RECORD}: not the shape of a model: {error}") from error
     else:
         rope_scaling = recorded.get("rope_scaling", rope_scaling)
         missing = [flag for flag, value in (("--flavor", flavor), ("--rope_scaling", rope_scaling)) if value is None]

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from torchtitan.checkpoint.folders import RECORD
+from torchtitan.checkpoint.manifest import RECORD
 from torchtitan.convert.errors import PushError
 from torchtitan.logging import logger
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import blobfile
 
-from torchtitan.checkpoint.folders import RECORD
+from torchtitan.checkpoint.manifest import RECORD
 from torchtitan.convert.output import check_space
 from torchtitan.logging import logger
 

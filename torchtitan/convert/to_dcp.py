@@ -41,7 +41,9 @@ def llama_to_dcp(arguments: argparse.Namespace) -> None:
             }
             logger.info(f"{input_dir}: {source.shape}")
             with (
-                whole_folder(output_dir, record, source.tensors.nbytes, overwrite=overwrite) as temporary,
+                whole_folder(
+                    output_dir, record, source.tensors.nbytes, overwrite=overwrite, checkpoint=True
+                ) as temporary,
                 reading_ahead(source.tensors) as ahead,
                 progress(ahead) as tensors,
             ):

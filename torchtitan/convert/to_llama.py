@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torchtitan.checkpoint import folders
-from torchtitan.checkpoint.folders import Record
 from torchtitan.checkpoint.init_from import checkpoint_folder
+from torchtitan.checkpoint.manifest import Record, read_record
 from torchtitan.convert.ahead import reading_ahead
 from torchtitan.convert.card import model_card, source_weights
 from torchtitan.convert.dcp import open_dcp
@@ -87,7 +86,7 @@ def _conversion(arguments: argparse.Namespace, input_dir: Path) -> dict[str, Any
 
 
 def _record(folder: Path) -> Record | None:
-    return folders.read_record(folder) if folder.is_dir() else None
+    return read_record(folder) if folder.is_dir() else None
 
 
 def _max_length(source: Source) -> int:

@@ -1,5 +1,8 @@
 """This rank's batches, in the order of the one cursor that all ranks share."""
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -110,11 +113,27 @@ def build_loader(
         # By now this process has threads, and a forked copy of one that holds a lock waits for it for ever.
         multiprocessing_context="forkserver" if num_workers else None,
         collate_fn=_as_read,
+        worker_init_fn=_end_with_trainer,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         # The loader seeds its processes; drawn from the global generator, that would shift the run's random state.
         generator=torch.Generator(),
     )
+
+
+def _end_with_trainer(worker: int) -> None:
+    """Has a loader process end when the one that it loads for does, however that dies.
+
+    Its own parent is a server that lives as long as its children do: left alone, both would stay for ever.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def watch() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_read(batch: Any) -> Any:

@@ -37,6 +37,8 @@ def init_world(timeout_seconds: int) -> World:
     Raises:
         ValueError: where there are GPUs, but none for this process.
     """
+    # The flight recorder: the last collectives, which the watchdog writes out when a rank hangs.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in TORCHRUN_DEFAULTS.items())
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
