@@ -7,8 +7,10 @@ What stands behind `--` is train.py's. One step in RESULT.json's `steps` is one 
 """
 
 import argparse
+import gc
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.kernel_families import profile_step
 from benchmarks.kernels import kernel_seconds
-from torchtitan.config import load_config
+from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.data.loader import Batch
+from torchtitan.distributed.degrees import check_degrees
 from torchtitan.distributed.offload import OffloadedBlock
 from torchtitan.distributed.world import init_world
 from torchtitan.flops import FORMULA, peak_flops, training_flops
 from torchtitan.logging import init_logger, logger
 from torchtitan.models.llama.attention import Documents
+from torchtitan.models.llama.shape import check_shape
+from torchtitan.plan.check import check_recompute
 from torchtitan.trainer import Trainer
 
 GIB = 2**30
@@ -53,7 +59,28 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--no-kernels", action="store_true", help="leave out the kernel sum")
     parser.add_argument("--profile", action="store_true", help="also profile one more step, kernels by family")
     ours, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    return parser.parse_args(ours), theirs
+    arguments = parser.parse_args(ours)
+    if arguments.document_lengths:
+        theirs += ["--training.document_mask", "true"]
+    if arguments.memory_cap_gib:
+        theirs += ["--activation_checkpoint.device_memory_gib", str(arguments.memory_cap_gib)]
+    return arguments, theirs
+
+
+def configure(argv: list[str], folder: str, lengths: list[int] | None) -> JobConfig:
+    """The configuration, with nothing to be written but the result; exits with 2 where it is wrong."""
+    quiet = ["--checkpoint.enable_checkpoint", "false", "--checkpoint.model_weights_only", "false"]
+    try:
+        config = load_config(
+            [*argv, *quiet, "--job.dump_folder", folder], [check_shape, check_degrees, check_recompute]
+        )
+    except ConfigError as error:
+        logger.error(f"error: {error}")
+        sys.exit(2)
+    if config.training.document_mask and sum(lengths or []) != config.training.seq_len:
+        logger.error("error: with documents, --document-lengths must add up to training.seq_len")
+        sys.exit(2)
+    return config
 
 
 class CardReadings:
@@ -63,24 +90,32 @@ class CardReadings:
         query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "500"]
         self.output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(query, stdout=self.output, stderr=subprocess.DEVNULL, text=True)
+        self.clock_mhz = self.power_watts = None
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait()
         self.output.seek(0)
-        rows = [line.split(",") for line in self.output if line.count(",") == 1]
-        self.clock_mhz = statistics.median(float(row[0]) for row in rows) if rows else None
-        self.power_watts = statistics.median(float(row[1]) for row in rows) if rows else None
+        rows = [line.split(",") for line in self.output if re.fullmatch(r"[\d.]+, [\d.]+\s*", line)]
+        if rows:
+            self.clock_mhz = statistics.median(float(row[0]) for row in rows)
+            self.power_watts = statistics.median(float(row[1]) for row in rows)
         self.output.close()
 
 
-def with_documents(batches: Iterator[Batch], lengths: list[int], sequences: int) -> Iterator[Batch]:
-    """The batches, with recordings of these lengths in each sequence."""
+def starts_of(lengths: list[int], sequences: int) -> torch.Tensor:
+    """Where documents of these lengths begin, in that many sequences of them, int32."""
     within = torch.tensor([0, *lengths]).cumsum(0)
-    starts = torch.cat([within[:-1] + i * int(within[-1]) for i in range(sequences)]).int()
-    for batch in batches:
-        yield batch._replace(documents=starts)
+    return torch.cat([within[:-1] + i * int(within[-1]) for i in range(sequences)]).int()
+
+
+def known(package: str) -> bool:
+    """Whether a package of that name is installed."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def largest(value: float, device: torch.device) -> float:
@@ -101,7 +136,8 @@ def measure(trainer: Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
     training, device = trainer.config.training, trainer.world.device
     batches: Iterator[Batch] = iter(trainer.loader())
     if arguments.document_lengths:
-        batches = with_documents(batches, arguments.document_lengths, training.batch_size)
+        starts = starts_of(arguments.document_lengths, training.batch_size)
+        batches = (batch._replace(documents=starts) for batch in batches)
 
     def run(steps: int) -> tuple[list[float], list[torch.Tensor]]:
         times, losses = [], []
@@ -127,7 +163,7 @@ def measure(trainer: Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": times,
         "step_seconds": statistics.mean(times),
-        "losses": [largest(float(loss), device) * trainer.world.size for loss in losses],
+        "losses": [float(loss) for loss in losses],
         "peak_reserved_gib": largest(torch.cuda.max_memory_reserved() / GIB, device),
         "peak_allocated_gib": largest(torch.cuda.max_memory_allocated() / GIB, device),
         "device_used_gib": largest((total - free) / GIB, device),
@@ -141,10 +177,8 @@ def measure(trainer: Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     init_logger()
     arguments, argv = parse(sys.argv[1:])
-    # Nothing is to be written but the result.
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["--checkpoint.enable_checkpoint", "false", "--checkpoint.model_weights_only", "false"]
-        config = load_config([*argv, *quiet, "--job.dump_folder", folder])
+        config = configure(argv, folder, arguments.document_lengths)
         world = init_world(config.comm.init_timeout_seconds)
         if arguments.memory_cap_gib:
             total = torch.cuda.get_device_properties(world.device).total_memory
@@ -154,24 +188,26 @@ def main() -> None:
 
     training, shape, recompute = config.training, trainer.model.shape, trainer.config.activation_checkpoint
     lengths = arguments.document_lengths or [training.seq_len]
-    tokens = training.batch_size * training.seq_len * trainer.degrees.accumulation_steps
+    passes = trainer.degrees.accumulation_steps
+    tokens = training.batch_size * training.seq_len * passes
     attention, documents = trainer.model.attention, None
     if training.document_mask:
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).int()
-        documents = Documents.from_starts(starts, sum(lengths), world.device)
+        starts = starts_of(lengths, training.batch_size)
+        documents = Documents.from_starts(starts, training.batch_size * training.seq_len, world.device)
     # The model's memory is needed for the kernels' operands.
     del trainer
+    gc.collect()
     torch.cuda.empty_cache()
     kernels = None
     if not arguments.no_kernels:
         kernels = kernel_seconds(attention, shape, training.batch_size, training.seq_len, documents)
-    kernel_sum = sum(kernels.values()) if kernels else None
+    kernel_sum = passes * sum(kernels.values()) if kernels else None
     reference = REFERENCE_SECONDS.get((config.model.flavor, training.seq_len))
-    if reference is not None and not arguments.document_lengths:
-        reference *= shape.n_layers * training.batch_size
-    else:
+    if reference is not None:
+        reference *= shape.n_layers * training.batch_size * passes
+    if arguments.document_lengths:
         reference = None
-    flops = training_flops(shape, lengths * training.batch_size)
+    flops = training_flops(shape, lengths * training.batch_size * passes)
     step_seconds = measured["step_seconds"]
     peak = peak_flops(torch.cuda.get_device_name())
     result = {
@@ -196,7 +232,9 @@ def main() -> None:
         "reference_kernel_sum_seconds": reference,
         "memory_cap_gib": arguments.memory_cap_gib,
         "attention": attention.backend.title,
-        "torch": torch.__version__,
+        "versions": {
+            name: version(name) for name in ("torch", "torchao", "triton", "flash-attn-3", "flash_attn") if known(name)
+        },
         "cuda": torch.version.cuda,
         **measured,
     }

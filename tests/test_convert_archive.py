@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_reader import Payload
-from torchtitan.convert.archive import Archive, Stored, write_tensor, write_tensors
+from torchtitan.convert.archive import Archive, Stored, write_tensors
 from torchtitan.convert.weights import DTYPES, Weight
 
 SHAPES = st.lists(st.integers(0, 7), max_size=3).map(tuple)
@@ -46,13 +46,6 @@ def test_torch_reads_what_is_written(
     assert all(torch.equal(read(archive, archive.content[name]), tensor) for name, tensor in tensors.items())
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
-
-
-def test_a_single_tensor_is_what_torch_save_makes_of_it(tmp_path: Path) -> None:
-    tensor = torch.randn(5, 3).bfloat16()
-    with open(tmp_path / "one", "wb") as file:
-        write_tensor(file, tensor)
-    assert torch.equal(torch.load(tmp_path / "one", weights_only=True), tensor)
 
 
 def test_what_torch_saves_is_read(tmp_path: Path) -> None:

@@ -132,26 +132,16 @@ class Archive:
             raise ValueError(f"{self.path} is damaged: {record.filename} does not have its checksum")
 
 
-def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
-    """Writes what `torch.save(tensor)` would."""
-    written = _Written("0", Weight(tuple(tensor.shape), tensor.dtype))
-    _write(file, written, [written], [tensor])
-
-
 def write_tensors(file: BinaryIO, weights: dict[str, Weight], tensors: Iterable[torch.Tensor]) -> None:
     """Writes what `torch.save` of a dictionary would; `tensors` gives one at a time, in the order of `weights`."""
     content = {name: _Written(str(key), weight) for key, (name, weight) in enumerate(weights.items())}
-    _write(file, content, list(content.values()), tensors)
-
-
-def _write(file: BinaryIO, content: Any, order: "list[_Written]", tensors: Iterable[torch.Tensor]) -> None:
     description = io.BytesIO()
     _Pickler(description, protocol=2).dump(content)
     with zipfile.ZipFile(file, "w") as archive:
         # Without a `.format_version`: with it, PyTorch computes where records lie from the habits of its own writer.
         for name, text in (("data.pkl", description.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), text)
-        for written, tensor in zip(order, tensors, strict=True):
+        for written, tensor in zip(content.values(), tensors, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (written.weight.shape, written.weight.dtype)
             data = bytes_of(tensor.contiguous())
             with archive.open(_aligned(f"archive/data/{written.key}", file.tell()), "w", force_zip64=True) as record:

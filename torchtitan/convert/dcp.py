@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from torchtitan.checkpoint.manifest import RECORD, read_manifest, read_record
+from torchtitan.checkpoint.manifest import RECORD, Files, read_manifest, read_record
 from torchtitan.checkpoint.reader import SafeReader
-from torchtitan.convert.archive import Archive, Stored, write_tensor
+from torchtitan.checkpoint.writer import CheckedWriter
+from torchtitan.convert.archive import Archive, Stored
 from torchtitan.convert.weights import Source, Tensors, Weight, check_dtypes, check_weights, group_left_out
 from torchtitan.models.llama.shape import FLAVORS, ModelShape
 
@@ -63,33 +60,27 @@ def open_dcp(folder: Path, flavor: str | None = None, rope_scaling: str | None =
     return Source(shape, tensors, left_out, record)
 
 
-def write_dcp(folder: Path, tensors: Tensors) -> None:
-    """Writes a DCP checkpoint of one file a tensor, under the names that this project's checkpoints have."""
+def write_dcp(folder: Path, tensors: Tensors) -> Files:
+    """Writes a DCP checkpoint under the names that this project's have; returns its files, for the manifest."""
     named = tensors.renamed(lambda name: PREFIX + name)
     state = {name: torch.empty(w.shape, dtype=w.dtype, device="meta") for name, w in named.weights.items()}
+    written: Files = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
-        dcp.save(state, storage_writer=_TensorByTensor(folder, named), no_dist=True)
+        writer = CheckedWriter(folder, written.update)
+        dcp.save(state, storage_writer=writer, planner=_TensorByTensor(named), no_dist=True)
+    return written
 
 
-class _TensorByTensor(FileSystemWriter):
-    """PyTorch's writer keeps every tensor that it has written to a file until it has written the last."""
+class _TensorByTensor(DefaultSavePlanner):
+    """Reads each tensor when it is written."""
 
-    def __init__(self, folder: Path, tensors: Tensors) -> None:
-        super().__init__(folder, sync_files=False)  # the whole folder is synchronised at its end
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
         self.tensors = tensors
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
-        for number, item in enumerate(plan.items):
-            name = f"__0_{number}.distcp"
-            with open(Path(self.path) / name, "wb") as file:
-                write_tensor(file, self.tensors.read(item.index.fqn))
-                length = file.tell()
-            results.append(WriteResult(item.index, length, _StorageInfo(name, 0, length)))
-        written: Future[list[WriteResult]] = Future()
-        written.set_result(results)
-        return written
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.tensors.read(index.fqn)
 
 
 def _shape(

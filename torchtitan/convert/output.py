@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.folders import REMOVED, TEMPORARY
-from torchtitan.checkpoint.manifest import Record, checksum_file
+from torchtitan.checkpoint.manifest import Record
 
 SPARE = 2**20  # settings, index, model card
 
@@ -30,12 +30,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_folder(
-    folder: Path, record: Record, nbytes: int, *, overwrite: bool, checkpoint: bool = False
-) -> Iterator[Path]:
+def whole_folder(folder: Path, record: Record, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `folder`, which becomes `folder` when the block has ended without an error.
 
-    A `checkpoint` gets the sizes and checksums of its files into its record, by which loading it verifies them.
 
     What was there before is replaced only then. Leftovers of an interrupted run are removed first.
 
@@ -56,8 +53,6 @@ def whole_folder(
         try:
             check_space(temporary, nbytes)
             yield temporary
-            if checkpoint:
-                record = {**record, "files": {path.name: checksum_file(path) for path in sorted(temporary.iterdir())}}
             _commit(temporary, folder, record)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -41,13 +41,11 @@ def llama_to_dcp(arguments: argparse.Namespace) -> None:
             }
             logger.info(f"{input_dir}: {source.shape}")
             with (
-                whole_folder(
-                    output_dir, record, source.tensors.nbytes, overwrite=overwrite, checkpoint=True
-                ) as temporary,
+                whole_folder(output_dir, record, source.tensors.nbytes, overwrite=overwrite) as temporary,
                 reading_ahead(source.tensors) as ahead,
                 progress(ahead) as tensors,
             ):
-                write_dcp(temporary, tensors)
+                record["files"] = write_dcp(temporary, tensors)
     print(summary(source.tensors.weights, source.left_out))
     logger.info(f"{arguments.output_dir} is complete: start from it with checkpoint.init_from")
 
