@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,20 @@ def configure(argv: list[str], folder: str, lengths: list[int] | None) -> JobCon
 class CardReadings:
     """Clock and power of this node's GPUs, read twice a second while the context is open."""
 
+    process: subprocess.Popen[str] | None = None
+
     def __enter__(self) -> "CardReadings":
         query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "500"]
-        self.output = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(query, stdout=self.output, stderr=subprocess.DEVNULL, text=True)
         self.clock_mhz = self.power_watts = None
+        self.output = tempfile.TemporaryFile("w+")
+        with suppress(FileNotFoundError):
+            self.process = subprocess.Popen(query, stdout=self.output, stderr=subprocess.DEVNULL, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait()
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
         self.output.seek(0)
         rows = [line.split(",") for line in self.output if re.fullmatch(r"[\d.]+, [\d.]+\s*", line)]
         if rows:
@@ -185,6 +190,7 @@ def main() -> None:
             torch.cuda.set_per_process_memory_fraction(arguments.memory_cap_gib * GIB / total)
         trainer = Trainer(config, world)
         measured = measure(trainer, arguments)
+        trainer.end("finished")
 
     training, shape, recompute = config.training, trainer.model.shape, trainer.config.activation_checkpoint
     lengths = arguments.document_lengths or [training.seq_len]
