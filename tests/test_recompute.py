@@ -76,6 +76,7 @@ def test_what_is_computed_again(kept: str, attentions: int, products: int) -> No
 @pytest.mark.parametrize("kept", ["full", "attention", "projections", "both"])
 def test_compiled_blocks_keep_what_they_should(kept: str) -> None:
     """By the sizes of what autograd is given: the block's input, what is named, and nothing else of that size."""
+    torch.compiler.reset()
     torch.manual_seed(0)
     model = Transformer(SHAPE, Attention(BACKENDS["sdpa"], ""), max_length=24)
     block = apply_recompute(model.layers[0], KEPT[kept])
