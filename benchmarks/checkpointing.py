@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     given, rest = parser.parse_known_args()
-    argv = [*DEFAULTS, *rest, "--job.dump_folder", str(given.folder), "--checkpoint.keep_latest_k", "1"]
+    # A folder of its own, which can be removed.
+    written = given.folder / "checkpointing"
+    argv = [*DEFAULTS, *rest, "--job.dump_folder", str(written), "--checkpoint.keep_latest_k", "1"]
     world = init_world(1800)
     bench = Bench(load_config(argv), world)
     modes = ["disabled", "async"] + ["async_with_pinned_mem"] * torch.cuda.is_available()
@@ -109,7 +111,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in folder.iterdir())
     zlib = writer.zlib
     for _ in range(ROUNDS):
-        bench.note("raw write", lambda: raw_write(given.folder, size // world.size, world.rank))
+        bench.note("raw write", lambda: raw_write(written, size // world.size, world.rank))
         for mode, checkpointer in checkpointers.items():
             bench.save(checkpointer, mode)
         writer.zlib = SimpleNamespace(crc32=lambda data, value=0: 0)  # type: ignore[assignment]
@@ -118,7 +120,7 @@ def main() -> None:
         bench.read(plain, bench.save(plain, "disabled, before reading"))
     dist.destroy_process_group()
     if world.rank == 0:
-        shutil.rmtree(given.folder)
+        shutil.rmtree(written)
         report(bench, size, given.json)
 
 
