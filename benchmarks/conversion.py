@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from torchtitan.convert.huggingface import open_hf, write_hf
 from torchtitan.convert.meta import open_meta, write_meta
 from torchtitan.convert.weights import Tensors, Weight, model_weights
