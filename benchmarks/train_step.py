@@ -10,15 +10,12 @@ import argparse
 import gc
 import json
 import os
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.card import CardReadings
 from benchmarks.kernel_families import profile_step
 from benchmarks.kernels import kernel_seconds
 from torchtitan.config import ConfigError, JobConfig, load_config
@@ -82,31 +80,6 @@ def configure(argv: list[str], folder: str, lengths: list[int] | None) -> JobCon
         logger.error("error: with documents, --document-lengths must add up to training.seq_len")
         sys.exit(2)
     return config
-
-
-class CardReadings:
-    """Clock and power of this node's GPUs, read twice a second while the context is open."""
-
-    process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> "CardReadings":
-        query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "500"]
-        self.clock_mhz = self.power_watts = None
-        self.output = tempfile.TemporaryFile("w+")
-        with suppress(FileNotFoundError):
-            self.process = subprocess.Popen(query, stdout=self.output, stderr=subprocess.DEVNULL, text=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
-        self.output.seek(0)
-        rows = [line.split(",") for line in self.output if re.fullmatch(r"[\d.]+, [\d.]+\s*", line)]
-        if rows:
-            self.clock_mhz = statistics.median(float(row[0]) for row in rows)
-            self.power_watts = statistics.median(float(row[1]) for row in rows)
-        self.output.close()
 
 
 def starts_of(lengths: list[int], sequences: int) -> torch.Tensor:

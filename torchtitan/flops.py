@@ -31,10 +31,15 @@ def training_flops(shape: ModelShape, lengths: Iterable[int]) -> int:
     return 6 * weights * sum(lengths) + per_pair * sum(n * n for n in lengths) // 2
 
 
+def known_gpu(device_name: str, known: Iterable[str]) -> str | None:
+    """Which of these GPUs the one is that CUDA calls so; None where it is none, or another part than SXM."""
+    if "PCIe" in device_name or "NVL" in device_name:
+        return None
+    # The longest name first: "GH200" contains "H200".
+    return next((name for name in sorted(known, key=len, reverse=True) if name in device_name), None)
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by the name that CUDA gives it; None where it is not known."""
-    # The longest name first: "GH200" contains "H200".
-    for name in sorted(PEAK_BF16_FLOPS, key=len, reverse=True):
-        if name in device_name and "PCIe" not in device_name and "NVL" not in device_name:
-            return PEAK_BF16_FLOPS[name]
-    return None
+    name = known_gpu(device_name, PEAK_BF16_FLOPS)
+    return None if name is None else PEAK_BF16_FLOPS[name]

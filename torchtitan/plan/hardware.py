@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from torchtitan.flops import known_gpu
+
 TERA, GIGA = 1e12, 1e9
 
 
@@ -47,7 +49,8 @@ H200 = GPU(
     network_bandwidth=40 * GIGA,
     host_memory_gib=128,
 )
-"""Measured with `benchmarks/train_step.py`; link, network and host memory by their sheets."""
+"""Products and attention by the kernel sums of `benchmarks/train_step.py`; float8 and memory bandwidth fitted to its
+step times; copies, link, network, fp32 and host memory are expectations that no result here has tested."""
 
 GPUS = {
     "H200": H200,
@@ -62,8 +65,5 @@ GPUS = {
 
 def find_gpu(device_name: str) -> GPU | None:
     """The GPU by the name that CUDA gives it; None where it is not known."""
-    # The longest name first: "GH200" contains "H200".
-    for name in sorted(GPUS, key=len, reverse=True):
-        if name in device_name and "PCIe" not in device_name and "NVL" not in device_name:
-            return GPUS[name]
-    return None
+    name = known_gpu(device_name, GPUS)
+    return None if name is None else GPUS[name]
