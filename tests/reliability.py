@@ -40,8 +40,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report  # type: ignore[return-value]
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--all-faults"):
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    # A part of the tests, or a run that was broken off, must not take the place of all.
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not config.getoption("keyword")
+    ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if not (config.getoption("--all-faults") and whole and ended):
         return
     rows = []
     for (what, how, expected), reports in results.items():
