@@ -34,6 +34,12 @@ def planned(result: dict[str, Any]) -> tuple[float, float]:
     return time(step, recompute, gpu).total, memory(step, recompute).device / GIB
 
 
+def tokens_in_short(result: dict[str, Any]) -> str:
+    """Sequences and tokens of a GPU's step."""
+    passes = result.get("accumulation_steps", 1)
+    return (f"{passes} × " if passes > 1 else "") + f"{result['batch_size']} × {result['seq_len']:,}"
+
+
 def recompute_in_short(result: dict[str, Any]) -> str:
     """The recomputation as its mode and the three numbers of layers."""
     kept = result["activation_checkpoint"]
@@ -51,7 +57,7 @@ def measured_table() -> str:
         rows.append(
             {
                 "result": name,
-                "tokens": f"{result['batch_size']} × {result['seq_len']:,}",
+                "tokens": tokens_in_short(result),
                 "recompute": recompute_in_short(result),
                 "tokens/s/GPU": f"{result['tokens_per_second_per_gpu']:,.0f}",
                 "steps": len(result["steps"]),

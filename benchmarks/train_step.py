@@ -41,6 +41,7 @@ from torchtitan.logging import init_logger, logger
 from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.shape import check_shape
 from torchtitan.plan.check import check_recompute
+from torchtitan.plan.choose import DEVICE_SHARE
 from torchtitan.trainer import Trainer
 
 GIB = 2**30
@@ -62,7 +63,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if arguments.document_lengths:
         theirs += ["--training.document_mask", "true"]
     if arguments.memory_cap_gib:
-        theirs += ["--activation_checkpoint.device_memory_gib", str(arguments.memory_cap_gib)]
+        # As on a GPU that has no more: what `auto` leaves there it leaves here.
+        theirs += ["--activation_checkpoint.device_memory_gib", str(DEVICE_SHARE * arguments.memory_cap_gib)]
     return arguments, theirs
 
 
@@ -195,6 +197,7 @@ def main() -> None:
         "n_layers": shape.n_layers,
         "seq_len": training.seq_len,
         "batch_size": training.batch_size,
+        "accumulation_steps": passes,
         "document_lengths": arguments.document_lengths,
         "float8": config.float8.recipe if config.float8.enable_float8_linear else None,
         "activation_checkpoint": recompute.model_dump(),

@@ -137,9 +137,23 @@ def test_the_command_prints_every_mode_and_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_short_documents_take_less_time() -> None:
+    masked = (CONFIG, "--gpus", "4", "--gpu", "H200", "--training.document_mask", "true")
+    whole, split = (
+        float(run_plan(*masked, *lengths).stdout.split("\nfull ")[1].split()[7])
+        for lengths in ((), ("--document-lengths", "30000", "40000", "61072"))
+    )
+    assert 0.4 * whole < split < 0.6 * whole
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        ((CONFIG, "--gpus", "4", "--gpu", "H200", "--document-lengths", "9"), "without --training.document_mask"),
+        (
+            (CONFIG, "--gpus", "4", "--gpu", "H200", "--document-lengths", "9", "--training.document_mask"),
+            "9 in all, training.seq_len is 131072",
+        ),
         ((CONFIG, "--gpus", "4", "--gpu", "H20"), "invalid choice: 'H20'"),
         ((CONFIG, "--gpus", "0", "--gpu", "H200"), "argument --gpus: 0 is not positive"),
         ((CONFIG, "--gpus", "4", "--gpu", "H200", "--training.stps", "3"), "did you mean training.steps"),

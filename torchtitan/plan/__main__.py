@@ -30,6 +30,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gpus", type=positive_int, required=True, help="number of GPUs of the run")
     parser.add_argument("--gpu", choices=GPUS, required=True, help="their kind")
     parser.add_argument("--gpus-per-node", type=positive_int, default=4, help="of them in one node (default 4)")
+    parser.add_argument(
+        "--document-lengths",
+        type=positive_int,
+        nargs="+",
+        help="tokens of the recordings that a window consists of, for training.document_mask (default: one)",
+    )
     arguments, overrides = parser.parse_known_args(argv)
     try:
         checks = [check_shape, check_recompute, partial(check_degrees, num_ranks=arguments.gpus)]
@@ -37,10 +43,15 @@ def main(argv: list[str]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    lengths = arguments.document_lengths
+    if lengths and not config.training.document_mask:
+        parser.error("argument --document-lengths: they change nothing without --training.document_mask true")
+    if lengths and (total := sum(lengths)) != config.training.seq_len:
+        parser.error(f"argument --document-lengths: {total} in all, training.seq_len is {config.training.seq_len}")
     degrees = Degrees.of(config.training, arguments.gpus)
     gpu = GPUS[arguments.gpu]
     per_node = min(arguments.gpus, arguments.gpus_per_node)
-    step = Step.of(config, degrees, per_node)
+    step = Step.of(config, degrees, per_node, lengths)
     limits = Limits.of(config.activation_checkpoint, gpu.memory_gib, gpu.host_memory_gib)
     chosen = choose(step, gpu, limits)
     shape = step.shape
@@ -58,8 +69,8 @@ def main(argv: list[str]) -> None:
         f"{limits.host_gib * per_node:.0f}), seconds a step.\n"
         f'"auto" takes, with that much of the host free: {describe(chosen.recompute, shape.n_layers)}.'
     )
-    if config.training.document_mask:
-        print("Attention is counted over whole windows; with training.document_mask a step takes less.")
+    if config.training.document_mask and not lengths:
+        print("Each window is taken to lie in one recording; --document-lengths says otherwise.")
     if not chosen.fits:
         print("Nothing fits: take more GPUs, a shorter training.seq_len, or a smaller model.")
 
