@@ -1,7 +1,7 @@
 """Keys and values of the tokens so far, in tensors that keep their shape.
 
-Samples of one prompt share its keys and values: they stand there once, and one read of them serves all samples (Juravsky
-et al., Hydragen, 2024). What each sequence goes on with is its own.
+Samples of one prompt share its keys and values: they stand there once, and one read of them serves all samples
+(Juravsky et al., Hydragen, 2024). What each sequence goes on with is its own.
 
 Shape suffixes: P prompts, S samples of each, N = P·S sequences (all samples of a prompt beside each other), K key and
 value heads, C tokens of the longest prompt, T tokens of a continuation, D width of a head.

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from torchtitan.generation.arguments import ATTENTION
 from torchtitan.generation.operations import PYTORCH, Operations
 from torchtitan.models.llama.attention import BACKENDS
-
-ATTENTION = ("triton", "fa3", "pytorch")
-"""By the name that `--attention` takes; also the order in which they are tried."""
 
 
 def choose_operations(requested: str, device: torch.device, dtype: torch.dtype, sequences: int) -> Operations:

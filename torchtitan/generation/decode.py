@@ -43,9 +43,9 @@ class Layer:
 class Decoder:
     """A model, to be run one token at a time."""
 
-    def __init__(self, model: Transformer, ops: Operations = operations.PYTORCH) -> None:
+    def __init__(self, model: Transformer) -> None:
         """The model goes on working: its weights become parts of those that are joined here."""
-        self.model, self.ops = model, ops
+        self.model = model
         self.shape, self.attention, self.eps = model.shape, model.attention, model.shape.norm_eps
         self.embeddings, self.norm, self.output = model.tok_embeddings.weight, model.norm.weight, model.output.weight
         self.layers = [_joined(block) for block in model.layers if isinstance(block, TransformerBlock)]
@@ -82,12 +82,11 @@ class Decoder:
                 x_LM[piece] = operations.added_product(hidden, layer.down, x)
             del attended
 
-    def step(self, tokens_N: torch.Tensor, rope: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def step(self, tokens_N: torch.Tensor, rope: torch.Tensor, cache: Cache, ops: Operations) -> torch.Tensor:
         """Logits after one more token of each sequence, [N, V]; its keys and values are put into the cache.
 
         The cache's step is left as it is.
         """
-        ops = self.ops
         x_NM = F.embedding(tokens_N, self.embeddings)
         turns = rope[cache.first_positions + cache.step]
         for layer, kept in zip(self.layers, cache.layers, strict=True):

@@ -6,7 +6,7 @@ from torchtitan.generation.cache import Cache, LayerCache
 
 
 def attend(q: torch.Tensor, layer: LayerCache, cache: Cache) -> torch.Tensor:
-    """See `Operations`. The samples of a prompt are queries of one length that see all of it; then each sees its own."""
+    """See `Operations`. A prompt's samples are queries of one sequence that see all of it; then each sees its own."""
     heads, head_dim = q.shape[1:]
     grouped = q.view(-1, cache.samples, heads, head_dim)
     filled = min(cache.lengths) == max(cache.lengths)

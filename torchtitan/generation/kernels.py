@@ -1,14 +1,18 @@
-"""What a token passes on its way through a block, as Triton kernels for GPUs: one each, none of them waiting for the host.
+"""What a token passes on its way through a block, as Triton kernels for GPUs; none of them waits for the host.
 
 A token reads every weight and every key and value once, and does little with them: these kernels are made to read.
 The functions are those of `operations.py`; importing this needs triton, which PyTorch's CUDA builds bring along.
 """
 
+# Kernels are compiled, not called: their arguments have no types for Python, and their launch is an index.
+# ruff: noqa: ANN001, ANN202
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from dataclasses import dataclass
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 from torchtitan.generation import operations
 from torchtitan.generation.cache import Cache, LayerCache
@@ -163,7 +167,7 @@ def _attend_kernel(
     QUERIES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One part of the tokens of one cache's head, for all queries that look at it: `samples` sequences of a group each.
+    """A part of the tokens of a cache's head, for all queries that look at it: a group of each of `samples` sequences.
 
     Writes what it has seen, divided by the sum of the weights, and the logarithm (base 2) of that sum.
     """

@@ -62,11 +62,11 @@ class Continuations:
         self, sampling: Sampling, vocab_size: int, widths: list[int], uniform_NT: np.ndarray, device: torch.device
     ) -> None:
         """`widths`: tokens of a bin of each sequence; `uniform_NT`: see `uniforms`, float32 [N, T]."""
-        self.sampling, self.bos = sampling, bos_token(vocab_size)
+        self.sampling, self.bos, self.steps = sampling, bos_token(vocab_size), uniform_NT.shape[1]
         self.widths = torch.tensor(widths, device=device)
         self.uniform_NT = torch.from_numpy(uniform_NT).to(device)
         # One column more than there are steps: the last step, too, draws a token to go on with.
-        self.tokens_NT = torch.full((len(widths), uniform_NT.shape[1] + 1), self.bos, device=device)
+        self.tokens_NT = torch.full((len(widths), self.steps + 1), self.bos, device=device)
 
     def current(self, step: torch.Tensor) -> torch.Tensor:
         """The tokens to feed in this step, int64 [N]; `step`: int64 [1] on the device."""

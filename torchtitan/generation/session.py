@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from torchtitan.generation.cache import Cache
+from torchtitan.generation.choose import choose_operations
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.sampling import Continuations
 
@@ -21,38 +22,56 @@ class Session:
     """
 
     def __init__(
-        self, decoder: Decoder, prompts: list[torch.Tensor], samples: int, steps: int, continuations: Continuations
+        self,
+        decoder: Decoder,
+        prompts: list[torch.Tensor],
+        samples: int,
+        continuations: Continuations,
+        attention: str = "auto",
     ) -> None:
-        """Reads the prompts in, int64 [tokens] each, one after another.
+        """Reads the prompts in, one after another.
 
         Args:
             decoder: the model.
-            prompts: whole bins.
+            prompts: tokens of whole bins, int64 [tokens] each.
             samples: sequences that go on from each prompt.
-            steps: tokens to go on with, at least 2.
-            continuations: where they are put, of all sequences.
+            continuations: where their tokens are put; made for as many steps as there will be, at least 2.
+            attention: see `choose_operations`.
+
+        Raises:
+            ValueError: where the GPU has no room for the cache, or not that attention.
         """
-        self.decoder, self.continuations, self.steps = decoder, continuations, steps
-        lengths = [len(prompt) for prompt in prompts]
+        self.decoder, self.continuations = decoder, continuations
+        lengths, steps = [len(prompt) for prompt in prompts], continuations.steps
+        self.sequences = len(prompts) * samples
         self.rope = decoder.rope(max(lengths) + steps)
+        _check_room(decoder, lengths, samples, steps)
         self.cache = Cache.empty(decoder.shape, lengths, samples, steps, decoder.device, decoder.dtype)
         begun = time.perf_counter()
         for number, prompt in enumerate(prompts):
             decoder.prefill(prompt.to(decoder.device), self.rope, self.cache, number)
         self._wait()
         self.prefill_seconds = time.perf_counter() - begun
-        self.graph = self._recorded() if decoder.device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.restart(attention)
+
+    def restart(self, attention: str) -> None:
+        """Forgets the continuations, to go on from the prompts anew with that attention."""
+        self.ops = choose_operations(attention, self.decoder.device, self.decoder.dtype, self.sequences)
+        if self.decoder.device.type == "cuda":
+            self.graph = self._recorded()
+        self.cache.restart()
         self.decode_seconds = 0.0
 
-    def run(self, steps: int, progress: Callable[[int], None] = lambda steps: None) -> None:
-        """Goes on by that many steps; `progress` is told how many are done, every now and then."""
+    def run(self, steps: int, progress: Callable[[int], object] = lambda steps: None) -> None:
+        """Goes on by that many steps; `progress` is told, every now and then, how many more are made."""
         begun = time.perf_counter()
         for first in range(0, steps, CHUNK):
             chunk = min(CHUNK, steps - first)
             for _ in range(chunk):
                 self.step()
             self._wait()
-            progress(first + chunk)
+            progress(chunk)
         self.decode_seconds += time.perf_counter() - begun
 
     def step(self) -> None:
@@ -64,12 +83,13 @@ class Session:
 
     def _step(self) -> None:
         step = self.cache.step
-        logits = self.decoder.step(self.continuations.current(step), self.rope, self.cache)
+        logits = self.decoder.step(self.continuations.current(step), self.rope, self.cache, self.ops)
         self.continuations.append(logits, step)
         self.cache.advance()
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
-        """A step as a graph. What the steps before the recording have written is overwritten by those that count."""
+        """A step as a graph. What the steps before the recording write is overwritten by those that count."""
+        self.cache.restart()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -80,9 +100,21 @@ class Session:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        self.cache.restart()
         return graph
 
     def _wait(self) -> None:
         if self.decoder.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _check_room(decoder: Decoder, lengths: list[int], samples: int, steps: int) -> None:
+    if decoder.device.type != "cuda":
+        return
+    needed = Cache.nbytes(decoder.shape, lengths, samples, steps, decoder.dtype)
+    free = torch.cuda.mem_get_info(decoder.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if needed > free:
+        raise ValueError(
+            f"keys and values of {len(lengths)} prompts of up to {max(lengths):,} tokens, with {samples} samples of "
+            f"{steps:,} tokens each, take {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} left: take "
+            "fewer prompts, samples or bins"
+        )
