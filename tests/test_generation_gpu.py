@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.generation import LARGEST_ERROR, largest_error, random_model, random_prompts, session
 from torchtitan.generation.arguments import ATTENTION
-from torchtitan.generation.choose import choose_operations
+from torchtitan.generation.choose import choose_attention
 from torchtitan.generation.decode import Decoder
 from torchtitan.models.llama.shape import FLAVORS, ModelShape
 
@@ -22,7 +22,7 @@ SHAPES = {
 def requires(attention: str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Skips where it cannot run."""
     try:
-        choose_operations(attention, CUDA, dtype, 1)
+        choose_attention(attention, CUDA, dtype)
     except ValueError as problem:
         pytest.skip(str(problem))
 

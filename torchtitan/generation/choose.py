@@ -10,23 +10,28 @@ from torchtitan.generation.operations import PYTORCH, Operations
 from torchtitan.models.llama.attention import BACKENDS
 
 
-def choose_operations(requested: str, device: torch.device, dtype: torch.dtype, sequences: int) -> Operations:
-    """The operations for that many sequences at a time, whose attention is `requested`, or the first that can run.
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`requested`, or for `auto` the first that can run there.
 
     Raises:
         ValueError: where it was asked for by name and cannot run.
     """
     obstacles = {name: _obstacle(name, device, dtype) for name in ATTENTION}
     if requested == "auto":
-        requested = next(name for name in ATTENTION if obstacles[name] is None)
+        return next(name for name in ATTENTION if obstacles[name] is None)
     if obstacles[requested] is not None:
         raise ValueError(f"--attention {requested} cannot run: {obstacles[requested]}; --attention auto picks one")
-    if requested == "pytorch":
+    return requested
+
+
+def operations_with(attention: str, sequences: int) -> Operations:
+    """The operations for that many sequences at a time with the attention that `choose_attention` has chosen."""
+    if attention == "pytorch":
         return PYTORCH
     from torchtitan.generation import kernels
 
     chosen = kernels.operations_for(sequences)
-    if requested == "fa3":
+    if attention == "fa3":
         from torchtitan.generation import flash3
 
         chosen = replace(chosen, attend=flash3.attend)

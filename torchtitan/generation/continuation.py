@@ -62,7 +62,7 @@ def continue_prompts(
         samples: of each prompt.
         sampling: how to draw.
         context: most tokens that the model may look at.
-        attention: see `choose_operations`.
+        attention: see `choose_attention`.
     """
     each = [width for width in widths for _ in range(samples)]
     histories = [prompt for prompt in prompts for _ in range(samples)]

@@ -1,7 +1,8 @@
 """What is kept of a generation: samples as data, a summary, pictures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ class Continued:
         return self.prompt.counts[:, self.context_bins :][:, : self.samples[0].shape[1]]
 
 
-def output_folder(given: str | None, checkpoint: Path, prompts: Sequence[Prompt]) -> Path:
+@contextmanager
+def output_folder(given: str | None, checkpoint: Path, prompts: Sequence[Prompt]) -> Iterator[Path]:
     """A new folder for the results: the given one, or one in the folder of the run that the checkpoint is of.
+
+    It goes where nothing came of it.
 
     Raises:
         ValueError: where the given one is in use, or cannot be made.
@@ -60,7 +64,11 @@ def output_folder(given: str | None, checkpoint: Path, prompts: Sequence[Prompt]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {folder}: it cannot be made: {error.strerror}") from error
-    return folder
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # of a folder that is not empty
+            folder.rmdir()
 
 
 def labels(prompts: Sequence[Prompt]) -> list[str]:

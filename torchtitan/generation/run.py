@@ -11,7 +11,8 @@ import torch
 from tabulate import tabulate
 
 from torchtitan.convert.weights import DTYPES, Source
-from torchtitan.data.tokens import bos_token, encode, largest_count
+from torchtitan.data.tokens import encode, largest_count
+from torchtitan.generation.choose import choose_attention
 from torchtitan.generation.continuation import Generated, continue_prompts
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.floor import bandwidth, bytes_per_step
@@ -60,43 +61,46 @@ def generate(arguments: argparse.Namespace) -> Path:
             f"{bins * prompt.width:,} tokens of the {source.trained_length:,} that the model was trained with"
             + (f"; {clipped:,} counts clipped below BOS" if clipped else "")
         )
-    folder = output_folder(arguments.output, checkpoint, prompts)
-
-    decoder = Decoder(load_model(source, device, dtype))
-    logger.info(f"{checkpoint}: {source.shape.num_params:,} parameters in {_name(dtype)} on {_card(device)}")
-    generated = continue_prompts(
-        decoder,
-        [encode(counts, source.shape.vocab_size) for counts in read],
-        [prompt.width for prompt in prompts],
-        [prompt.row for prompt in prompts],
-        bins=arguments.bins,
-        samples=arguments.samples,
-        sampling=sampling,
-        context=source.trained_length,
-        attention=arguments.attention,
-    )
-    continued = [Continued(*one) for one in zip(prompts, context, generated.counts, strict=True)]
-    speed = _speed(generated, continued, source, device, dtype)
-    write_samples(folder / SAMPLES, continued)
-    if not arguments.no_plots:
-        draw(folder / PLOTS, continued)
-    summary = {
-        "format": 1,
-        "checkpoint": str(checkpoint),
-        "step": source.record.get("step"),
-        "time": time.time(),
-        "model": asdict(source.shape),
-        "trained_context": source.trained_length,
-        "prompts": [_described(one, source.shape.vocab_size) for one in continued],
-        "settings": {
-            **{key: getattr(arguments, key) for key in ("split", "bins", "samples", "sliding_window", "attention")},
-            **asdict(sampling),
-        },
-        "device": _card(device),
-        "dtype": _name(dtype),
-        "speed": speed,
-    }
-    write_summary(folder / SUMMARY, summary)
+    attention = choose_attention(arguments.attention, device, dtype)
+    with output_folder(arguments.output, checkpoint, prompts) as folder:
+        decoder = Decoder(load_model(source, device, dtype))
+        logger.info(
+            f"{checkpoint}: {source.shape.num_params:,} parameters in {_name(dtype)} on {_card(device)}; attention: "
+            f"{decoder.attention.describe(device, document_mask=False)} for prompts, {attention} for the cache"
+        )
+        generated = continue_prompts(
+            decoder,
+            [encode(counts, source.shape.vocab_size) for counts in read],
+            [prompt.width for prompt in prompts],
+            [prompt.row for prompt in prompts],
+            bins=arguments.bins,
+            samples=arguments.samples,
+            sampling=sampling,
+            context=source.trained_length,
+            attention=attention,
+        )
+        continued = [Continued(*one) for one in zip(prompts, context, generated.counts, strict=True)]
+        write_samples(folder / SAMPLES, continued)
+        summary = {
+            "format": 1,
+            "checkpoint": str(checkpoint),
+            "step": source.record.get("step"),
+            "time": time.time(),
+            "model": asdict(source.shape),
+            "trained_context": source.trained_length,
+            "prompts": [_described(one) for one in continued],
+            "settings": {
+                **{key: getattr(arguments, key) for key in ("split", "bins", "samples", "sliding_window")},
+                **asdict(sampling),
+            },
+            "device": _card(device),
+            "dtype": _name(dtype),
+            "attention": attention,
+            "speed": _speed(generated, continued, source, device, dtype),
+        }
+        write_summary(folder / SUMMARY, summary)
+        if not arguments.no_plots:
+            draw(folder / PLOTS, continued)
     _report(summary, folder, plots=not arguments.no_plots)
     return folder
 
@@ -130,11 +134,10 @@ def _speed(
     }
 
 
-def _described(one: Continued, vocab_size: int) -> dict[str, Any]:
+def _described(one: Continued) -> dict[str, Any]:
     """A prompt for the summary, with the mean counts of what was read, of what came, and of what is real."""
     read = one.prompt.counts[:, : one.context_bins]
     generated = np.stack(one.samples)
-    assert generated.max(initial=0) < bos_token(vocab_size)
     return {
         "prompt": one.prompt.given,
         **one.prompt.ids,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from torchtitan.generation.cache import Cache
-from torchtitan.generation.choose import choose_operations
+from torchtitan.generation.choose import choose_attention, operations_with
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.sampling import Continuations
 
@@ -36,7 +36,7 @@ class Session:
             prompts: tokens of whole bins, int64 [tokens] each.
             samples: sequences that go on from each prompt.
             continuations: where their tokens are put; made for as many steps as there will be, at least 2.
-            attention: see `choose_operations`.
+            attention: see `choose_attention`.
 
         Raises:
             ValueError: where the GPU has no room for the cache, or not that attention.
@@ -57,7 +57,8 @@ class Session:
 
     def restart(self, attention: str) -> None:
         """Forgets the continuations, to go on from the prompts anew with that attention."""
-        self.ops = choose_operations(attention, self.decoder.device, self.decoder.dtype, self.sequences)
+        attention = choose_attention(attention, self.decoder.device, self.decoder.dtype)
+        self.ops = operations_with(attention, self.sequences)
         if self.decoder.device.type == "cuda":
             self.graph = self._recorded()
         self.cache.restart()
