@@ -9,11 +9,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 FAMILIES = {
-    "attention": ("flash", "cudnn_generated_fort_native_sdpa", "fmha"),
+    "attention": ("flash", "cudnn_generated_fort_native_sdpa", "fmha", "_attend_kernel", "_combine_kernel"),
     "communication": ("nccl",),
     "copies to or from the host": ("Memcpy HtoD", "Memcpy DtoH"),
     "copies on the device": ("Memcpy DtoD", "Memset"),
-    "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "cublas", "_matvec_kernel"),
     "fused by torch.compile": ("triton_",),
     "optimizer and gradient norm": ("multi_tensor_apply", "FusedAdam", "foreach"),
     "FSDP's gathering and splitting": ("split_with_sizes", "chunk_cat", "CatArrayBatched"),

@@ -107,7 +107,7 @@ def checkpoint_folder(given: Path, named: str) -> Path:
     steps = folders.named_steps(given)
     if steps:
         return folders.step_folder(given, steps[-1])
-    inside = [folder for folder in given.glob("*") if folders.named_steps(folder)]
+    inside = sorted({metadata.parents[1] for metadata in given.glob("*/step-*/.metadata")})
     hint = f"; did you mean {inside[0]}?" if inside else ""
     reason = "holds neither a DCP checkpoint nor steps of one" if given.is_dir() else "no such folder"
     raise ValueError(f'{named} = "{given}": {reason}{hint}')

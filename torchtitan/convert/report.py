@@ -16,12 +16,12 @@ from torchtitan.logging import logger
 
 
 @contextmanager
-def progress(tensors: Tensors) -> Iterator[Tensors]:
+def progress(tensors: Tensors, verb: str = "converting") -> Iterator[Tensors]:
     """The same tensors, whose reading moves a bar on a terminal, and writes a line every tenth of the way to a log."""
     total, done, tenths, begun = tensors.nbytes, 0, 0, time.monotonic()
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
     if bar.disable:
-        logger.info(f"converting {len(tensors.weights)} tensors, {_size(total)}")
+        logger.info(f"{verb} {len(tensors.weights)} tensors, {_size(total)}")
 
     def read(name: str) -> torch.Tensor:
         nonlocal done, tenths

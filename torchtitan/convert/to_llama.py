@@ -66,7 +66,7 @@ def _write(source: Source, arguments: argparse.Namespace, output_dir: Path, conv
         progress(ahead) as tensors,
     ):
         if arguments.format == "hf":
-            write_hf(temporary, source.shape, tensors, _max_length(source), arguments.max_shard_size or SHARD_SIZE)
+            write_hf(temporary, source.shape, tensors, source.trained_length, arguments.max_shard_size or SHARD_SIZE)
         else:
             write_meta(temporary, source.shape, tensors)
         (temporary / "README.md").write_text(card)
@@ -87,10 +87,3 @@ def _conversion(arguments: argparse.Namespace, input_dir: Path) -> dict[str, Any
 
 def _record(folder: Path) -> Record | None:
     return read_record(folder) if folder.is_dir() else None
-
-
-def _max_length(source: Source) -> int:
-    """The longest sequence that the model is known to have been trained with."""
-    training = source.record.get("config", {}).get("training", {})
-    known = training.get("seq_len") or source.record.get("source", {}).get("max_length")
-    return known or (131_072 if source.shape.rope_scaling == "llama3.1" else 8192)

@@ -88,6 +88,13 @@ class Source:
     left_out: list[LeftOut] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def trained_length(self) -> int:
+        """The longest sequence that the model is known to have been trained with, else what its kind usually is."""
+        training = self.record.get("config", {}).get("training", {})
+        known = training.get("seq_len") or self.record.get("source", {}).get("max_length")
+        return known or (131_072 if self.shape.rope_scaling == "llama3.1" else 8192)
+
 
 def model_weights(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name and shape of each weight of a model, in its order."""
