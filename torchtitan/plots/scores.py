@@ -1,0 +1,270 @@
+"""What an evaluation has found: bits per spike by source, loss against context, calibration, learning curves.
+
+An evaluation is the content of an `evaluation/step-N.json`. Numbers that are null there are left out of the pictures.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from torchtitan.plots import style
+from torchtitan.plots.names import distinct_names, shorten
+
+Evaluation = dict[str, Any]
+
+STRONGER_NULLS = {
+    "bits_per_spike_over_histogram": ("over each neuron's histogram", ">"),
+    "bits_per_spike_over_ngram": ("over each neuron's n-gram", "s"),
+}
+
+
+def pictures(evaluation: Evaluation) -> dict[str, Figure]:
+    """All pictures of one evaluation, by the name of their file."""
+    return {
+        "sources": bits_per_spike_by_source(evaluation),
+        "context": loss_against_context(evaluation),
+        "calibration": calibration(evaluation),
+    }
+
+
+def bits_per_spike_by_source(evaluation: Evaluation) -> Figure:
+    """Bits per spike of each source: pooled, and of each of its sessions, the best source on top.
+
+    Pooled numbers are also drawn against the stronger nulls, where the evaluation has them. Sessions far off the
+    others, mostly ones with few spikes, are drawn at the panel's edge.
+    """
+    overall = {"sessions": len(evaluation["sessions"]), **evaluation["overall"]}
+    by_source = _sessions_by_source(evaluation)
+    ranked = sorted(evaluation["sources"].items(), key=lambda item: -_number(item[1].get("bits_per_spike"), -math.inf))
+    groups = [("all", overall), *ranked]
+    figure = style.new_figure(
+        2.2 + 0.36 * len(groups),
+        "Bits per spike above a Poisson process at each neuron's mean rate",
+        _subject(evaluation),
+        "0: no better than a null that knows each neuron's rate over what is scored; higher is better. ",
+    )
+    axes = style.dress(figure.subplots(), "bits per spike")
+    axes.axvline(0, color=style.NULL, linewidth=1.2)
+    pooled = [_number(group.get("bits_per_spike")) for _, group in groups]
+    low, high = _most_of([*pooled, *(bits for sessions in by_source.values() for bits in sessions)], pooled)
+    beyond = 0
+    for row, (source, _) in enumerate(groups):
+        bits = np.array(by_source.get(source, []) if row else [])
+        known = bits[np.isfinite(bits)]
+        shift = 0.22 * np.cos(np.pi * (np.arange(len(known)) * 0.618 % 1))  # spread, the same every time
+        inside = (known >= low) & (known <= high)
+        look = {"color": style.GENERATED, "alpha": float(np.clip(30 / max(len(known), 1), 0.15, 0.45)), "linewidth": 0}
+        axes.scatter(known[inside], row + shift[inside], s=16, label="a session" if row == 1 else None, **look)
+        for outside, edge, marker in ((known < low, low, "<"), (known > high, high, ">")):
+            axes.scatter(np.full(outside.sum(), edge), row + shift[outside], s=24, marker=marker, **look)
+            beyond += int(outside.sum())
+    rows = np.arange(len(groups))
+    for key, (name, marker) in STRONGER_NULLS.items():
+        values = [_number(group.get(key)) for _, group in groups]
+        if np.isfinite(values).any():
+            look = {"facecolor": "white", "edgecolor": style.GENERATED, "linewidth": 1.2, "zorder": 4}
+            axes.scatter(np.clip(values, low, high), rows, s=34, marker=marker, label=f"pooled, {name}", **look)
+    axes.scatter(pooled, rows, s=60, marker="D", color=style.GENERATED, edgecolor="black", zorder=5, label="pooled")
+    for row, value in enumerate(pooled):
+        if not math.isfinite(value):
+            axes.annotate(" undefined: no spikes", (0, row), va="center", fontsize=style.SMALL, color=style.NULL)
+    names = [f"{shorten(source, 40)} ({_count(group.get('sessions'), 'session')})" for source, group in groups]
+    axes.set_yticks(rows, names, fontsize=style.SMALL)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.axhline(0.5, color="black", linewidth=0.8)
+    margin = 0.04 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
+    if beyond:
+        axes.set_xlabel(f"bits per spike ({_count(beyond, 'session')} beyond the edges)", fontsize=style.MEDIUM)
+    style.legend_above(axes)
+    return figure
+
+
+def loss_against_context(evaluation: Evaluation) -> Figure:
+    """Whether context helps: loss against the position in the window, bits per spike against time in the recording.
+
+    Below each the number of tokens that the numbers rest on. Both axes of context are logarithmic; a first interval
+    that begins at 0 is drawn from half of its end on.
+    """
+    figure = style.new_figure(5.6, "Loss against context", _subject(evaluation), "Spike counts only, without BOS.")
+    grid = figure.subplots(2, 2, sharex="col", height_ratios=(3, 1))
+    positions, times = evaluation["loss_by_position"], evaluation["loss_by_time"]
+
+    axes = style.dress(grid[0, 0], y_label="nats per token", title="Position in the window")
+    _stairs(axes, positions, "poisson_null_nats_per_token", style.NULL, "Poisson null")
+    _stairs(axes, positions, "nats_per_token", style.GENERATED, "model")
+    style.legend_above(axes, right=True)
+    axes = style.dress(grid[0, 1], y_label="bits per spike", title="Time since the recording began")
+    axes.axhline(0, color=style.NULL, linewidth=1.2)
+    _stairs(axes, times, "bits_per_spike", style.GENERATED, "model")
+    for axes, bins, x_label in (
+        (grid[1, 0], positions, "tokens before in the window"),
+        (grid[1, 1], times, "time (s)"),
+    ):
+        style.dress(axes, x_label, "tokens scored")
+        _stairs(axes, bins, "tokens", style.NULL, fill=True)
+        if bins:
+            style.log_scale(axes, "x")
+            style.log_scale(axes, "y")
+    return figure
+
+
+def calibration(evaluation: Evaluation) -> Figure:
+    """How often each spike count was seen, against how often the model expected it, Σ p(count) over all tokens.
+
+    Bars: two standard errors if tokens were independent, 2 / sqrt(observed) of the ratio; they are not, so that the
+    true ones are wider. A count that was never seen has no ratio; its dot is hollow, at one half.
+    """
+    counts = [
+        line
+        for line in evaluation["calibration"]
+        if math.isfinite(_number(line["expected"])) and max(line["expected"], line["observed"]) >= 0.5
+    ]
+    figure = style.new_figure(
+        5.0,
+        "Calibration: how often each spike count was seen, and how often it was expected",
+        _subject(evaluation),
+        "Numbers beside the dots: spikes in a bin. Bars: two standard errors, if tokens were independent.",
+    )
+    left, right = figure.subplots(1, 2)
+    style.dress(left, "tokens expected by the model", "tokens seen")
+    style.dress(right, "spike count", "seen / expected")
+    if not counts:
+        return figure
+    number = np.array([line["count"] for line in counts])
+    expected = np.maximum([float(line["expected"]) for line in counts], 0.05)
+    observed = np.array([float(line["observed"]) for line in counts])
+    seen = observed > 0
+    left.axline((1, 1), (10, 10), color=style.NULL, linewidth=1)
+    left.scatter(expected[seen], observed[seen], color=style.RECORDED, s=30, zorder=3)
+    left.scatter(
+        expected[~seen], np.full((~seen).sum(), 0.5), facecolor="white", edgecolor=style.RECORDED, s=30, zorder=3
+    )
+    for k, x, y in zip(number, expected, np.maximum(observed, 0.5), strict=True):
+        left.annotate(str(k), (x, y), xytext=(6, -8), textcoords="offset points", fontsize=style.SMALL)
+    everything = [*expected, *np.maximum(observed, 0.5)]
+    left.set(xlim=(min(everything) / 2, max(everything) * 3), ylim=(min(everything) / 2, max(everything) * 3))
+    for which in "xy":
+        style.log_scale(left, which)
+
+    right.axhline(1, color=style.NULL, linewidth=1.2)
+    ratio, error = observed[seen] / expected[seen], 2 / np.sqrt(observed[seen])
+    bars = ratio * np.stack([np.minimum(error, 0.9), error])
+    right.errorbar(number[seen], ratio, bars, fmt="o", color=style.RECORDED, markersize=5, linewidth=1.2, zorder=3)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.log_scale(right, "y")
+    return figure
+
+
+def learning_curve(evaluations: Sequence[Evaluation]) -> Figure:
+    """Bits per spike and nats a token of several checkpoints, against their steps.
+
+    Checkpoints of one folder, scored on the same tokens, are joined by a line. Models with random weights are left
+    out: the first checkpoints would lie on one line beside them.
+    """
+    curves: dict[tuple[str, str], list[Evaluation]] = {}
+    for evaluation in evaluations:
+        if evaluation["step"] is not None:
+            curves.setdefault((_folder(evaluation), _scored(evaluation)), []).append(evaluation)
+    runs = distinct_names([folder for folder, _ in curves])
+    scored = [on for _, on in curves]
+    subject = f"on {_data(evaluations[0])}" if len(set(scored)) == 1 else ""
+    if len(set(runs)) == 1:
+        subject = f"{shorten(next(iter(curves))[0], 60)}, {subject}"
+    figure = style.new_figure(4.6, "Learning curve", subject)
+    left, right = figure.subplots(1, 2)
+    style.dress(left, "step", "bits per spike")
+    style.dress(right, "step", "nats per token, without BOS")
+    left.axhline(0, color=style.NULL, linewidth=1.2, label="Poisson null")
+    several = len(curves) > 1
+    nulls = set()
+    for index, (points, run) in enumerate(zip(curves.values(), runs, strict=True)):
+        points = sorted(points, key=lambda evaluation: evaluation["step"])
+        steps = [evaluation["step"] for evaluation in points]
+        name = run if len(set(scored)) == 1 else f"{run} on {_data(points[0])}"
+        look = style.series(index) if several else {"color": style.GENERATED}
+        for axes, key in ((left, "bits_per_spike"), (right, "nats_per_token")):
+            values = [_number(evaluation["overall"].get(key)) for evaluation in points]
+            axes.plot(steps, values, marker="o", markersize=5, label=name if several else "model", **look)
+        nulls.add(_number(points[-1]["overall"].get("poisson_null_nats_per_token")))
+    for null in nulls:
+        right.axhline(null, color=style.NULL, linewidth=1.2)
+    left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=style.SMALL)
+    return figure
+
+
+def _number(value: float | None, otherwise: float = math.nan) -> float:
+    """The value, or `otherwise` where it is null or not finite."""
+    return otherwise if value is None or not math.isfinite(value) else float(value)
+
+
+def _sessions_by_source(evaluation: Evaluation) -> dict[str, list[float]]:
+    """Bits per spike of each session of each source; a session's name begins with its source's."""
+    sources = sorted(evaluation["sources"], key=len, reverse=True)
+    found: dict[str, list[float]] = {source: [] for source in sources}
+    for session, group in evaluation["sessions"].items():
+        source = next((source for source in sources if session.startswith(f"{source}/")), None)
+        if source is not None:
+            found[source].append(_number(group.get("bits_per_spike")))
+    return found
+
+
+def _most_of(values: Iterable[float], pooled: Iterable[float]) -> tuple[float, float]:
+    """Limits that hold the pooled values, 0, and all but outliers: 3 interquartile ranges beyond the quartiles."""
+    known = np.array([value for value in values if math.isfinite(value)] or [0.0])
+    lower, upper = np.percentile(known, (25, 75))
+    reach = 3 * (upper - lower)
+    kept = known[(known >= lower - reach) & (known <= upper + reach)]
+    inside = [0.0, *kept, *(value for value in pooled if math.isfinite(value))]
+    low, high = min(inside), max(inside)
+    return (low, high) if high > low else (-1.0, 1.0)
+
+
+def _stairs(
+    axes: Axes, bins: list[dict[str, Any]], key: str, color: str, name: str = "", *, fill: bool = False
+) -> None:
+    """One level an interval [from, to); intervals where the number is null are left empty."""
+    if not bins:
+        return
+    first, last = (float(bins[0]["from"]) or float(bins[0]["to"]) / 2), float(bins[-1]["to"])
+    edges = [first, *(float(interval["from"]) for interval in bins[1:]), last]
+    values = np.array([_number(interval.get(key)) for interval in bins])
+    if fill:
+        axes.stairs(np.where(values > 0, values, np.nan), edges, fill=True, color=color, alpha=0.6, baseline=0.5)
+    else:
+        axes.stairs(values, edges, color=color, linewidth=1.8, label=name or None, baseline=None)
+
+
+def _count(number: int | None, of: str) -> str:
+    return f"{number:,} {of}{'' if number == 1 else 's'}" if number is not None else f"? {of}s"
+
+
+def _folder(evaluation: Evaluation) -> str:
+    return str(PurePath(evaluation["checkpoint"] or "").parent)
+
+
+def _scored(evaluation: Evaluation) -> str:
+    """What tells which tokens an evaluation has scored."""
+    return repr((sorted(evaluation["data"].items(), key=str), sorted(evaluation["settings"].items(), key=str)))
+
+
+def _data(evaluation: Evaluation) -> str:
+    """The recordings that were scored, in words."""
+    data = evaluation["data"]
+    chosen = data.get("source_datasets")
+    split = f", split {data['split']}" if f"split {data['split']}" not in data["description"] else ""
+    return shorten(data["description"], 60) + split + (f", of it {', '.join(chosen)}" if chosen else "")
+
+
+def _subject(evaluation: Evaluation) -> str:
+    model = "random weights" if evaluation["checkpoint"] is None else shorten(evaluation["checkpoint"], 60)
+    return f"{model}, on {_data(evaluation)}"

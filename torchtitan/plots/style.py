@@ -1,0 +1,99 @@
+"""What all pictures share: sizes, colours, titles, legends, and how one becomes a PNG."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+RECORDED = "#0072B2"
+"""Whatever was recorded; this and the other colours are from Okabe and Ito's palette, https://jfly.uni-koeln.de/color."""
+GENERATED = "#D55E00"
+"""Whatever comes from the model: samples, predictions, scores."""
+NULL = "#7A7A7A"
+"""Baselines, and marks that are not data."""
+SHADE = "#EDEDED"
+"""The time of the prompt."""
+SERIES = ("#000000", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+"""Runs, in their order; `series` adds line styles for more of them."""
+LINES = ("-", "--", ":", "-.")
+
+WIDTH = 10.0
+"""Of every figure, inches."""
+DPI = 120
+SMALL, MEDIUM, LARGE = 9, 10.5, 12.5
+"""Points: what is beside the point, labels, titles."""
+
+
+def new_figure(height: float, kind: str, subject: str, caption: str = "") -> Figure:
+    """An empty figure.
+
+    Args:
+        height: inches.
+        kind: what is shown, the title's first line.
+        subject: of which recording, checkpoint, or run; its second line.
+        caption: how to read it, below the panels.
+    """
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure.suptitle(f"{kind}\n{subject}" if subject else kind, x=0.01, ha="left", fontsize=LARGE)
+    if caption:
+        figure.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, color="#444444")
+    return figure
+
+
+def dress(axes: Axes, x_label: str = "", y_label: str = "", title: str = "") -> Axes:
+    """The look of a panel: two spines, light grid lines behind the data, and its labels."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=SMALL)
+    axes.set_xlabel(x_label, fontsize=MEDIUM)
+    axes.set_ylabel(y_label, fontsize=MEDIUM)
+    if title:
+        axes.set_title(title, loc="left", fontsize=MEDIUM)
+    return axes
+
+
+def legend_above(axes: Axes, *, right: bool = False) -> None:
+    """A legend in one row above the panel, where no data are, at its left or right end."""
+    place, corner = ("lower right", (1, 1)) if right else ("lower left", (0, 1))
+    look = {"frameon": False, "fontsize": SMALL, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
+    axes.legend(loc=place, bbox_to_anchor=corner, ncols=len(axes.get_legend_handles_labels()[0]) or 1, **look)
+
+
+def log_scale(axes: Axes, which: str) -> None:
+    """Makes the axis "x" or "y" logarithmic, with ticks that are plain numbers also where it spans no whole decade."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    decades = high / low if low > 0 else 10
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 200 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plain(number: float) -> str:
+    """A tick's label: 0.002, 1,000, 2e+06."""
+    if 1000 <= abs(number) < 1e6:
+        return f"{number:,.0f}"
+    return f"{number:g}"
+
+
+def series(index: int) -> dict[str, Any]:
+    """Colour and line style of the run with this number: twenty can be told apart."""
+    return {"color": SERIES[index % len(SERIES)], "linestyle": LINES[index // len(SERIES) % len(LINES)]}
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG; the same bytes each time."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the figure as a PNG, and the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_png(figure))

@@ -1,0 +1,107 @@
+"""How runs train, from their `metrics.jsonl`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from torchtitan.plots import style
+
+Metrics = Sequence[Mapping[str, Any]]
+
+PANELS = (
+    ("loss", "Loss", "nats per token, BOS included"),
+    ("grad_norm", "Gradient norm, before clipping", "norm"),
+    ("lr", "Learning rate", "learning rate"),
+    ("tokens_per_second_per_gpu", "Speed", "tokens/s a process"),
+)
+SMOOTH_FROM = 100
+"""Logged steps from which on loss and gradient norm are drawn thinly, and a running mean over them."""
+
+
+def training_curves(runs: Mapping[str, Metrics]) -> Figure:
+    """Loss, gradient norm, learning rate and speed of runs against their steps, on common axes.
+
+    Where loss or gradient norm were not finite, the line has a gap. Crosses at the bottom of the loss mark logged
+    steps since whose predecessor updates were skipped.
+
+    Args:
+        runs: by name, the lines of each run's `metrics.jsonl`.
+    """
+    subject = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs"
+    figure = style.new_figure(6.8 + 0.22 * (len(runs) // 3), "Training", subject)
+    grid = figure.subplots(2, 2, sharex=True)
+    for axes, (key, title, unit) in zip(grid.flat, PANELS, strict=True):
+        style.dress(axes, "step" if axes in grid[1] else "", unit, title)
+        for index, (name, lines) in enumerate(runs.items()):
+            _curve(axes, lines, key, name, style.series(index))
+        if key in ("loss", "grad_norm"):
+            _log_if_wide(axes)
+        else:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.plain(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    skipping = False
+    for index, lines in enumerate(runs.values()):
+        skipped = _skipping_steps(lines)
+        skipping |= bool(skipped)
+        marks = {"marker": "x", "color": style.series(index)["color"], "s": 30, "clip_on": False, "zorder": 5}
+        grid[0, 0].scatter(skipped, [0.0] * len(skipped), transform=grid[0, 0].get_xaxis_transform(), **marks)
+    if skipping:
+        grid[0, 0].set_title("Loss (×: updates skipped)", loc="left", fontsize=style.MEDIUM)
+    if len(runs) > 1:
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=style.SMALL)
+    return figure
+
+
+def _curve(axes: Axes, lines: Metrics, key: str, name: str, look: dict[str, Any]) -> None:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    steps = np.array([step for step, _ in points], float)
+    values = np.array([math.nan if value is None else value for _, value in points], float)
+    smooth = len(points) >= SMOOTH_FROM and key in ("loss", "grad_norm")
+    marker = "." if len(points) == 1 else ""
+    axes.plot(
+        steps,
+        values,
+        marker=marker,
+        **look,
+        linewidth=0.6 if smooth else 1.6,
+        alpha=0.35 if smooth else 1,
+        label="_" if smooth else name,
+    )
+    if smooth:
+        axes.plot(steps, _running_mean(values, max(len(values) // 50, 3)), **look, linewidth=1.8, label=name)
+
+
+def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """The mean of the finite ones among the last `width` values; nan where there is none."""
+    known = np.isfinite(values)
+    window = np.ones(width)
+    total = np.convolve(np.where(known, values, 0), window)[: len(values)]
+    number = np.convolve(known, window)[: len(values)]
+    return np.divide(total, number, out=np.full(len(values), np.nan), where=known & (number > 0.5))
+
+
+def _skipping_steps(lines: Metrics) -> list[int]:
+    """Logged steps by which more updates were skipped than by the one before; a new process counts from 0 again."""
+    steps, before = [], 0
+    for line in lines:
+        skipped = line.get("skipped_updates") or 0
+        if skipped > before or (skipped < before and skipped > 0):
+            steps.append(line["step"])
+        before = skipped
+    return steps
+
+
+def _log_if_wide(axes: Axes) -> None:
+    """A logarithmic axis where the largest value is more than five times the smallest, and none is 0."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.empty(0)])
+    values = values[np.isfinite(values)]
+    if values.size and 0 < 5 * values.min() < values.max():
+        style.log_scale(axes, "y")
