@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: plots/ in the first RUN_FOLDER")
     arguments = parser.parse_args(argv)
     try:
-        folders = [find_run(folder) for folder in dict.fromkeys(arguments.runs)]
+        folders = [find_run(given) for given in {Path(given).resolve(): given for given in arguments.runs}.values()]
         figures = draw(folders)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,9 +58,12 @@ def find_run(given: str) -> Path:
     """
     folder = Path(given)
     if not folder.is_dir():
-        known = [path.name for path in folder.parent.glob("*") if is_run(path)]
-        close = difflib.get_close_matches(folder.name, known, n=1)
-        hint = f"; did you mean {folder.parent / close[0]}?" if close else ""
+        missing = folder
+        while not missing.parent.is_dir():
+            missing = missing.parent
+        known = [path.name for path in missing.parent.iterdir() if path.is_dir()]
+        close = difflib.get_close_matches(missing.name, known, n=1)
+        hint = f"; did you mean {missing.parent / close[0]}?" if close else ""
         raise ValueError(f"{given}: no such folder{hint}")
     if not is_run(folder):
         inside = sorted(str(path) for path in folder.glob("*") if is_run(path))
@@ -89,10 +92,8 @@ def draw(folders: list[Path]) -> dict[str, Figure]:
     evaluations: list[Evaluation] = []
     for name, folder in zip(names, folders, strict=True):
         of_run = [read_evaluation(path) for path in sorted(folder.glob("evaluation/*.json"))]
-        newest = max(
-            of_run, key=lambda evaluation: -1 if evaluation["step"] is None else evaluation["step"], default=None
-        )
-        if newest is not None:
+        if of_run:
+            newest = max(of_run, key=lambda evaluation: -1 if evaluation["step"] is None else evaluation["step"])
             step = "random" if newest["step"] is None else f"step-{newest['step']}"
             prefix = f"{name}/{step}" if len(folders) > 1 else step
             figures.update({f"{prefix}-{picture}": figure for picture, figure in pictures(newest).items()})

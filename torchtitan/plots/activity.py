@@ -169,10 +169,8 @@ def statistics(real: Counts | None, generated: Sequence[Counts], *, title: str, 
         raise ValueError("statistics: neither recorded nor generated bins")
     num_neurons, num_samples = len(sources[0]), len(generated)
     comparable = real is not None and num_samples > 0
-    caption = "CV: standard deviation over mean of a neuron's intervals, 1 for a Poisson process." if comparable else ""
-    figure = style.new_figure(
-        7.8 if comparable else 4.4, "Statistics of recorded and generated activity", title, caption
-    )
+    kind = "Statistics of recorded and generated activity"
+    figure = style.new_figure(7.9 if comparable else 4.4, kind, title)
     grid = figure.subplots(1 + comparable, 3, squeeze=False)
 
     rates = [spikes.firing_rates(counts, bin_seconds) for counts in sources]
@@ -180,45 +178,32 @@ def statistics(real: Counts | None, generated: Sequence[Counts], *, title: str, 
     correlations = [spikes.pair_correlations(counts) for counts in sources]
     slowest = 1 / (max(counts.shape[1] for counts in sources) * bin_seconds)
 
+    lengths = [seconds for _, seconds in intervals]
+    in_bins = f"correlation in bins of {1000 * bin_seconds:g} ms"
     columns = (
         ("Firing rates", "rate (Hz)", "share of neurons at or below", rates),
-        (
-            "Inter-spike intervals",
-            "interval (s)",
-            "share of intervals at or below",
-            [seconds for _, seconds in intervals],
-        ),
-        (
-            "Pairwise correlations",
-            f"correlation in bins of {1000 * bin_seconds:g} ms",
-            "share of pairs at or below",
-            correlations,
-        ),
+        ("Inter-spike intervals", "interval (s)", "share of intervals at or below", lengths),
+        ("Pairwise correlations", in_bins, "share of pairs at or below", correlations),
     )
     for axes, (name, x_label, y_label, values) in zip(grid[0], columns, strict=True):
         style.dress(axes, x_label, y_label, name)
         _distributions(axes, values[: len(sources) - num_samples], values[len(sources) - num_samples :])
     _rate_scale(grid[0, 0], "x", slowest)
-    if any(len(seconds) for _, seconds in intervals):
+    if any(map(len, lengths)):
         style.log_scale(grid[0, 1], "x")
     handles = [
         *([Line2D([], [], color=style.RECORDED, linewidth=2, label="recorded")] if real is not None else []),
         *([Line2D([], [], color=style.GENERATED, linewidth=2, label=_samples(num_samples))] if generated else []),
         *([Line2D([], [], color=style.GENERATED, linewidth=0.8, alpha=0.5, label="each")] if num_samples > 1 else []),
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=style.SMALL)
+    caption = "CV: standard deviation over mean of a neuron's intervals; 1 for a Poisson process." if comparable else ""
+    style.legend_below(figure, handles, caption)
     if comparable:
         owners = np.concatenate([neurons for neurons, _ in intervals[1:]])
-        together = np.concatenate([seconds for _, seconds in intervals[1:]])
-        variation = spikes.interval_variation(*intervals[0], num_neurons)
+        of_recorded = spikes.interval_variation(*intervals[0], num_neurons)
+        of_generated = spikes.interval_variation(owners, np.concatenate(lengths[1:]), num_neurons)
         _compare(grid[1, 0], rates[0], spikes.mean_known(rates[1:]), "rate (Hz)", "neurons")
-        _compare(
-            grid[1, 1],
-            variation,
-            spikes.interval_variation(owners, together, num_neurons),
-            "CV of intervals",
-            "neurons",
-        )
+        _compare(grid[1, 1], of_recorded, of_generated, "CV of intervals", "neurons")
         _compare(grid[1, 2], correlations[0], spikes.mean_known(correlations[1:]), "correlation", "pairs")
         for which in "xy":
             _rate_scale(grid[1, 0], which, slowest)
@@ -315,7 +300,7 @@ def _compare(axes: Axes, real: Floats, generated: Floats, what: str, of: str) ->
     if not real.size:
         _nothing(axes)
         return
-    axes.axline((0, 0), slope=1, color=style.NULL, linewidth=1, zorder=1)
+    axes.axline((0, 0), slope=1, color=style.NULL, linewidth=1, zorder=3)
     if len(real) > MAX_DOTS:
         colors = LinearSegmentedColormap.from_list("generated", ["#FBE3D3", style.GENERATED, "#5E2900"])
         axes.hexbin(real, generated, gridsize=50, bins="log", mincnt=1, cmap=colors, linewidths=0.2)
@@ -343,6 +328,5 @@ def _rate_scale(axes: Axes, which: str, slowest: float) -> None:
 
 
 def _nothing(axes: Axes) -> None:
-    axes.text(
-        0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", fontsize=style.MEDIUM, color=style.NULL
-    )
+    place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+    axes.text(0.5, 0.5, "none", **place, fontsize=style.MEDIUM, color=style.NULL)

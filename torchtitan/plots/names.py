@@ -14,9 +14,9 @@ def shorten(text: str, length: int) -> str:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """The paths without the parts that all of them begin or end with; of equal ones, and of one alone, its last part."""
+    """The paths without the parts that all begin or end with; of equal ones, and of one alone, the last part."""
     parts = [PurePath(path).parts for path in paths]
-    shared = min((len(one) for one in parts), default=1) - 1
+    shared = max(min(map(len, parts), default=0) - 1, 0)
     front = next((i for i in range(shared) if len({one[i] for one in parts}) > 1), shared)
     back = next((i for i in range(shared - front) if len({one[-1 - i] for one in parts}) > 1), shared - front)
     return ["/".join(one[front : len(one) - back]) for one in parts]

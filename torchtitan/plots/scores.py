@@ -4,7 +4,8 @@ An evaluation is the content of an `evaluation/step-N.json`. Numbers that are nu
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchtitan.plots import style
 from torchtitan.plots.names import distinct_names, shorten
 
 Evaluation = dict[str, Any]
+Interval = dict[str, Any]
 
 STRONGER_NULLS = {
     "bits_per_spike_over_histogram": ("over each neuron's histogram", ">"),
@@ -45,32 +47,23 @@ def bits_per_spike_by_source(evaluation: Evaluation) -> Figure:
     groups = [("all", overall), *ranked]
     figure = style.new_figure(
         2.2 + 0.36 * len(groups),
-        "Bits per spike above a Poisson process at each neuron's mean rate",
+        "Bits per spike by source",
         _subject(evaluation),
-        "0: no better than a null that knows each neuron's rate over what is scored; higher is better. ",
+        "More is better. At 0 the model predicts no better than the null: a Poisson process for each neuron, with the "
+        "mean rate that it has in what is scored.",
     )
     axes = style.dress(figure.subplots(), "bits per spike")
     axes.axvline(0, color=style.NULL, linewidth=1.2)
     pooled = [_number(group.get("bits_per_spike")) for _, group in groups]
-    low, high = _most_of([*pooled, *(bits for sessions in by_source.values() for bits in sessions)], pooled)
-    beyond = 0
-    for row, (source, _) in enumerate(groups):
-        bits = np.array(by_source.get(source, []) if row else [])
-        known = bits[np.isfinite(bits)]
-        shift = 0.22 * np.cos(np.pi * (np.arange(len(known)) * 0.618 % 1))  # spread, the same every time
-        inside = (known >= low) & (known <= high)
-        look = {"color": style.GENERATED, "alpha": float(np.clip(30 / max(len(known), 1), 0.15, 0.45)), "linewidth": 0}
-        axes.scatter(known[inside], row + shift[inside], s=16, label="a session" if row == 1 else None, **look)
-        for outside, edge, marker in ((known < low, low, "<"), (known > high, high, ">")):
-            axes.scatter(np.full(outside.sum(), edge), row + shift[outside], s=24, marker=marker, **look)
-            beyond += int(outside.sum())
+    stronger = {key: [_number(group.get(key)) for _, group in groups] for key in STRONGER_NULLS}
+    limits = _limits(list(chain(pooled, *stronger.values())), list(chain(*by_source.values())))
     rows = np.arange(len(groups))
-    for key, (name, marker) in STRONGER_NULLS.items():
-        values = [_number(group.get(key)) for _, group in groups]
-        if np.isfinite(values).any():
-            look = {"facecolor": "white", "edgecolor": style.GENERATED, "linewidth": 1.2, "zorder": 4}
-            axes.scatter(np.clip(values, low, high), rows, s=34, marker=marker, label=f"pooled, {name}", **look)
     axes.scatter(pooled, rows, s=60, marker="D", color=style.GENERATED, edgecolor="black", zorder=5, label="pooled")
+    for key, (name, marker) in STRONGER_NULLS.items():
+        if np.isfinite(stronger[key]).any():
+            look = {"facecolor": "white", "edgecolor": style.GENERATED, "linewidth": 1.2, "zorder": 4}
+            axes.scatter(stronger[key], rows, s=34, marker=marker, label=f"pooled, {name}", **look)
+    beyond = sum(_draw_sessions(axes, row, by_source[source], limits) for row, (source, _) in enumerate(ranked, 1))
     for row, value in enumerate(pooled):
         if not math.isfinite(value):
             axes.annotate(" undefined: no spikes", (0, row), va="center", fontsize=style.SMALL, color=style.NULL)
@@ -78,8 +71,6 @@ def bits_per_spike_by_source(evaluation: Evaluation) -> Figure:
     axes.set_yticks(rows, names, fontsize=style.SMALL)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.axhline(0.5, color="black", linewidth=0.8)
-    margin = 0.04 * (high - low)
-    axes.set_xlim(low - margin, high + margin)
     if beyond:
         axes.set_xlabel(f"bits per spike ({_count(beyond, 'session')} beyond the edges)", fontsize=style.MEDIUM)
     style.legend_above(axes)
@@ -92,34 +83,34 @@ def loss_against_context(evaluation: Evaluation) -> Figure:
     Below each the number of tokens that the numbers rest on. Both axes of context are logarithmic; a first interval
     that begins at 0 is drawn from half of its end on.
     """
-    figure = style.new_figure(5.6, "Loss against context", _subject(evaluation), "Spike counts only, without BOS.")
+    figure = style.new_figure(5.8, "Loss against context", _subject(evaluation))
     grid = figure.subplots(2, 2, sharex="col", height_ratios=(3, 1))
     positions, times = evaluation["loss_by_position"], evaluation["loss_by_time"]
 
     axes = style.dress(grid[0, 0], y_label="nats per token", title="Position in the window")
     _stairs(axes, positions, "poisson_null_nats_per_token", style.NULL, "Poisson null")
     _stairs(axes, positions, "nats_per_token", style.GENERATED, "model")
-    style.legend_above(axes, right=True)
+    style.legend_below(figure, axes.get_legend_handles_labels()[0], "Of spike counts alone, without BOS.")
     axes = style.dress(grid[0, 1], y_label="bits per spike", title="Time since the recording began")
-    axes.axhline(0, color=style.NULL, linewidth=1.2)
-    _stairs(axes, times, "bits_per_spike", style.GENERATED, "model")
+    axes.axhline(0, color=style.NULL, linewidth=1.8)
+    _stairs(axes, times, "bits_per_spike", style.GENERATED)
     for axes, bins, x_label in (
-        (grid[1, 0], positions, "tokens before in the window"),
+        (grid[1, 0], positions, "position in the window (tokens)"),
         (grid[1, 1], times, "time (s)"),
     ):
         style.dress(axes, x_label, "tokens scored")
         _stairs(axes, bins, "tokens", style.NULL, fill=True)
         if bins:
             style.log_scale(axes, "x")
-            style.log_scale(axes, "y")
+            style.log_scale(axes, "y", most_ticks=4)
     return figure
 
 
 def calibration(evaluation: Evaluation) -> Figure:
     """How often each spike count was seen, against how often the model expected it, Σ p(count) over all tokens.
 
-    Bars: two standard errors if tokens were independent, 2 / sqrt(observed) of the ratio; they are not, so that the
-    true ones are wider. A count that was never seen has no ratio; its dot is hollow, at one half.
+    Bars: two standard errors of the ratio's logarithm, 2 / sqrt(observed), if tokens were independent; they are not, so
+    that the true ones are wider. A count that was never seen has no ratio; its dot is hollow, at one half.
     """
     counts = [
         line
@@ -143,9 +134,8 @@ def calibration(evaluation: Evaluation) -> Figure:
     seen = observed > 0
     left.axline((1, 1), (10, 10), color=style.NULL, linewidth=1)
     left.scatter(expected[seen], observed[seen], color=style.RECORDED, s=30, zorder=3)
-    left.scatter(
-        expected[~seen], np.full((~seen).sum(), 0.5), facecolor="white", edgecolor=style.RECORDED, s=30, zorder=3
-    )
+    unseen = expected[~seen]
+    left.scatter(unseen, np.full(len(unseen), 0.5), facecolor="white", edgecolor=style.RECORDED, s=30, zorder=3)
     for k, x, y in zip(number, expected, np.maximum(observed, 0.5), strict=True):
         left.annotate(str(k), (x, y), xytext=(6, -8), textcoords="offset points", fontsize=style.SMALL)
     everything = [*expected, *np.maximum(observed, 0.5)]
@@ -155,7 +145,7 @@ def calibration(evaluation: Evaluation) -> Figure:
 
     right.axhline(1, color=style.NULL, linewidth=1.2)
     ratio, error = observed[seen] / expected[seen], 2 / np.sqrt(observed[seen])
-    bars = ratio * np.stack([np.minimum(error, 0.9), error])
+    bars = ratio * np.stack([1 - np.exp(-error), np.exp(error) - 1])
     right.errorbar(number[seen], ratio, bars, fmt="o", color=style.RECORDED, markersize=5, linewidth=1.2, zorder=3)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     style.log_scale(right, "y")
@@ -174,9 +164,10 @@ def learning_curve(evaluations: Sequence[Evaluation]) -> Figure:
             curves.setdefault((_folder(evaluation), _scored(evaluation)), []).append(evaluation)
     runs = distinct_names([folder for folder, _ in curves])
     scored = [on for _, on in curves]
-    subject = f"on {_data(evaluations[0])}" if len(set(scored)) == 1 else ""
-    if len(set(runs)) == 1:
-        subject = f"{shorten(next(iter(curves))[0], 60)}, {subject}"
+    subject = ", on ".join(
+        ([shorten(next(iter(curves))[0], 60)] if len(set(runs)) == 1 else ["several runs"])
+        + ([_data(next(iter(curves.values()))[0])] if len(set(scored)) == 1 else [])
+    )
     figure = style.new_figure(4.6, "Learning curve", subject)
     left, right = figure.subplots(1, 2)
     style.dress(left, "step", "bits per spike")
@@ -197,8 +188,7 @@ def learning_curve(evaluations: Sequence[Evaluation]) -> Figure:
         right.axhline(null, color=style.NULL, linewidth=1.2)
     left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=style.SMALL)
+    style.legend_below(figure, left.get_legend_handles_labels()[0])
     return figure
 
 
@@ -218,20 +208,34 @@ def _sessions_by_source(evaluation: Evaluation) -> dict[str, list[float]]:
     return found
 
 
-def _most_of(values: Iterable[float], pooled: Iterable[float]) -> tuple[float, float]:
-    """Limits that hold the pooled values, 0, and all but outliers: 3 interquartile ranges beyond the quartiles."""
-    known = np.array([value for value in values if math.isfinite(value)] or [0.0])
+def _draw_sessions(axes: Axes, row: int, bits_per_spike: list[float], limits: tuple[float, float]) -> int:
+    """A dot a session, spread over the height of the row, the same every time. Returns how many are off the limits."""
+    low, high = limits
+    margin = 0.04 * (high - low)
+    axes.set_xlim(low - 2 * margin, high + 2 * margin)
+    known = np.array([bits for bits in bits_per_spike if math.isfinite(bits)])
+    heights = row + 0.22 * np.cos(np.pi * (np.arange(len(known)) * 0.618 % 1))
+    inside = (known >= low) & (known <= high)
+    alpha = float(np.clip(30 / max(len(known), 1), 0.15, 0.45))
+    look = {"color": style.GENERATED, "linewidth": 0}
+    label = "a session" if row == 1 else None
+    axes.scatter(known[inside], heights[inside], s=16, alpha=alpha, label=label, **look)
+    for outside, edge, marker in ((known < low, low - margin, "<"), (known > high, high + margin, ">")):
+        axes.scatter(np.full(outside.sum(), edge), heights[outside], s=26, marker=marker, **look)
+    return int((~inside).sum())
+
+
+def _limits(pooled: list[float], sessions: list[float]) -> tuple[float, float]:
+    """Limits that hold 0, the pooled values, and the sessions less than 3 interquartile ranges off their quartiles."""
+    known = np.array([bits for bits in sessions if math.isfinite(bits)] or [0.0])
     lower, upper = np.percentile(known, (25, 75))
-    reach = 3 * (upper - lower)
-    kept = known[(known >= lower - reach) & (known <= upper + reach)]
-    inside = [0.0, *kept, *(value for value in pooled if math.isfinite(value))]
+    near = known[np.abs(known - np.clip(known, lower, upper)) <= 3 * (upper - lower)]
+    inside = [0.0, *near, *(bits for bits in pooled if math.isfinite(bits))]
     low, high = min(inside), max(inside)
     return (low, high) if high > low else (-1.0, 1.0)
 
 
-def _stairs(
-    axes: Axes, bins: list[dict[str, Any]], key: str, color: str, name: str = "", *, fill: bool = False
-) -> None:
+def _stairs(axes: Axes, bins: list[Interval], key: str, color: str, name: str = "", *, fill: bool = False) -> None:
     """One level an interval [from, to); intervals where the number is null are left empty."""
     if not bins:
         return

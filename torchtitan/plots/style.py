@@ -1,9 +1,12 @@
 """What all pictures share: sizes, colours, titles, legends, and how one becomes a PNG."""
 
 import io
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -14,6 +17,8 @@ GENERATED = "#D55E00"
 """Whatever comes from the model: samples, predictions, scores."""
 NULL = "#7A7A7A"
 """Baselines, and marks that are not data."""
+QUIET = "#444444"
+"""Captions."""
 SHADE = "#EDEDED"
 """The time of the prompt."""
 SERIES = ("#000000", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -24,7 +29,10 @@ WIDTH = 10.0
 """Of every figure, inches."""
 DPI = 120
 SMALL, MEDIUM, LARGE = 9, 10.5, 12.5
-"""Points: what is beside the point, labels, titles."""
+"""Points: what explains, labels, titles."""
+LINE_LENGTH = 100
+"""Letters of a title's line."""
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "handlelength": 1.6}
 
 
 def new_figure(height: float, kind: str, subject: str, caption: str = "") -> Figure:
@@ -37,9 +45,10 @@ def new_figure(height: float, kind: str, subject: str, caption: str = "") -> Fig
         caption: how to read it, below the panels.
     """
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    figure.suptitle(f"{kind}\n{subject}" if subject else kind, x=0.01, ha="left", fontsize=LARGE)
+    title = "\n".join(textwrap.wrap(kind, LINE_LENGTH) + textwrap.wrap(subject, LINE_LENGTH))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=LARGE)
     if caption:
-        figure.supxlabel(caption, x=0.01, ha="left", fontsize=SMALL, color="#444444")
+        figure.supxlabel("\n".join(textwrap.wrap(caption, 150)), x=0.01, ha="left", fontsize=SMALL, color=QUIET)
     return figure
 
 
@@ -59,24 +68,34 @@ def dress(axes: Axes, x_label: str = "", y_label: str = "", title: str = "") -> 
 def legend_above(axes: Axes, *, right: bool = False) -> None:
     """A legend in one row above the panel, where no data are, at its left or right end."""
     place, corner = ("lower right", (1, 1)) if right else ("lower left", (0, 1))
-    look = {"frameon": False, "fontsize": SMALL, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
-    axes.legend(loc=place, bbox_to_anchor=corner, ncols=len(axes.get_legend_handles_labels()[0]) or 1, **look)
+    columns = len(axes.get_legend_handles_labels()[0])
+    if columns:
+        axes.legend(loc=place, bbox_to_anchor=corner, ncols=columns, borderaxespad=0.2, columnspacing=1.2, **LEGEND)
 
 
-def log_scale(axes: Axes, which: str) -> None:
+def legend_below(figure: Figure, handles: Sequence[Artist], caption: str = "") -> None:
+    """A legend below all panels, under a caption, which `new_figure` cannot hold as well."""
+    title = {"title": caption or None, "title_fontsize": SMALL, "alignment": "left"}
+    legend = figure.legend(handles=handles, loc="outside lower left", ncols=4, **title, **LEGEND)
+    legend.get_title().set_color(QUIET)
+
+
+def log_scale(axes: Axes, which: str, most_ticks: int = 7) -> None:
     """Makes the axis "x" or "y" logarithmic, with ticks that are plain numbers also where it spans no whole decade."""
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     low, high = axis.get_view_interval()
     decades = high / low if low > 0 else 10
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 200 else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 200 else (1,), numticks=most_ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def plain(number: float) -> str:
-    """A tick's label: 0.002, 1,000, 2e+06."""
-    if 1000 <= abs(number) < 1e6:
+    """A tick's label: 0.002, 1,000, 20 M for millions."""
+    if abs(number) >= 1e6:
+        return f"{number / 1e6:,g} M"
+    if abs(number) >= 1000:
         return f"{number:,.0f}"
     return f"{number:g}"
 

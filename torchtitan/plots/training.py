@@ -33,8 +33,8 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
     Args:
         runs: by name, the lines of each run's `metrics.jsonl`.
     """
-    subject = next(iter(runs)) if len(runs) == 1 else f"{len(runs)} runs"
-    figure = style.new_figure(6.8 + 0.22 * (len(runs) // 3), "Training", subject)
+    kind = "Training curves" if len(runs) == 1 else f"Training curves of {len(runs)} runs"
+    figure = style.new_figure(6.8 + 0.22 * (len(runs) // 4), kind, next(iter(runs)) if len(runs) == 1 else "")
     grid = figure.subplots(2, 2, sharex=True)
     for axes, (key, title, unit) in zip(grid.flat, PANELS, strict=True):
         style.dress(axes, "step" if axes in grid[1] else "", unit, title)
@@ -55,8 +55,7 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
     if skipping:
         grid[0, 0].set_title("Loss (×: updates skipped)", loc="left", fontsize=style.MEDIUM)
     if len(runs) > 1:
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=style.SMALL)
+        style.legend_below(figure, grid[0, 0].get_legend_handles_labels()[0])
     return figure
 
 
