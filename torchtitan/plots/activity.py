@@ -22,7 +22,7 @@ MAX_COLUMNS = 800
 """Columns of a raster's picture: more bins than that are drawn together."""
 SMOOTHING_SECONDS, MAX_WINDOWS = 0.06, 200
 """Standard deviation of the window under which population rates are shown, or one in so many of the time shown."""
-FAINTEST = 0.35
+FAINTEST = 0.45
 """Opacity of a single spike where others are many, so that none is lost."""
 
 
@@ -189,7 +189,9 @@ def statistics(real: Counts | None, generated: Sequence[Counts], *, title: str, 
         style.dress(axes, x_label, y_label, name)
         _distributions(axes, values[: len(sources) - num_samples], values[len(sources) - num_samples :])
     _rate_scale(grid[0, 0], "x", slowest)
-    if any(map(len, lengths)):
+    if some := [seconds for seconds in lengths if len(seconds)]:
+        shortest, longest = min(map(np.min, some)), max(map(np.max, some))
+        grid[0, 1].set_xlim(shortest / 1.3, longest * 1.3)
         style.log_scale(grid[0, 1], "x")
     handles = [
         *([Line2D([], [], color=style.RECORDED, linewidth=2, label="recorded")] if real is not None else []),
@@ -285,11 +287,18 @@ def _distributions(axes: Axes, recorded: list[Floats], generated: list[Floats]) 
         known = [values for values in known if values.size]
         if len(known) > 1:
             for values in known:
-                axes.ecdf(values, color=color, linewidth=0.8, alpha=0.4, compress=True)
+                _shares(axes, values, color=color, linewidth=0.8, alpha=0.4)
         if known:
-            axes.ecdf(np.concatenate(known), color=color, linewidth=2, compress=True)
+            _shares(axes, np.concatenate(known), color=color, linewidth=2)
     if not axes.lines:
         _nothing(axes)
+
+
+def _shares(axes: Axes, values: Floats, **look: Any) -> None:
+    """The share of values at or below x. (`Axes.ecdf` counts only the first of equal values where it joins them.)"""
+    steps, number = np.unique(values, return_counts=True)
+    shares = np.cumsum(number) / len(values)
+    axes.plot([steps[0], *steps], [0, *shares], drawstyle="steps-post", **look)
 
 
 def _compare(axes: Axes, real: Floats, generated: Floats, what: str, of: str) -> None:

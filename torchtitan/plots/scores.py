@@ -41,10 +41,9 @@ def bits_per_spike_by_source(evaluation: Evaluation) -> Figure:
     Pooled numbers are also drawn against the stronger nulls, where the evaluation has them. Sessions far off the
     others, mostly ones with few spikes, are drawn at the panel's edge.
     """
-    overall = {"sessions": len(evaluation["sessions"]), **evaluation["overall"]}
     by_source = _sessions_by_source(evaluation)
     ranked = sorted(evaluation["sources"].items(), key=lambda item: -_number(item[1].get("bits_per_spike"), -math.inf))
-    groups = [("all", overall), *ranked]
+    groups = [("all", evaluation["overall"]), *ranked]
     figure = style.new_figure(
         2.2 + 0.36 * len(groups),
         "Bits per spike by source",

@@ -29,7 +29,9 @@ def population_rates(counts: Counts, bin_seconds: float, smoothing_bins: float) 
         smoothing_bins: standard deviation of the window, bins.
     """
     rates = counts.sum(axis=0, dtype=np.int64) / (counts.shape[0] * bin_seconds)
-    reach = min(int(np.ceil(3 * smoothing_bins)), max(len(rates) - 1, 0))
+    if not len(rates):
+        return rates
+    reach = min(int(np.ceil(3 * smoothing_bins)), len(rates) - 1)
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / smoothing_bins) ** 2)
     inside = slice(reach, reach + len(rates))
     return np.convolve(rates, window)[inside] / np.convolve(np.ones(len(rates)), window)[inside]
