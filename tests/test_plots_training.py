@@ -100,8 +100,8 @@ def test_long_runs_have_a_running_mean_of_what_is_known() -> None:
     thin, thick = (np.asarray(line.get_ydata()) for line in loss.lines)
     assert np.isnan(thin[300])
     assert np.isnan(thick[300])
-    assert thick[50] == pytest.approx(thin[43:51].mean())
-    assert thick[302] == pytest.approx(np.nanmean(thin[295:303]))
+    assert thick[50] == pytest.approx(thin[46:54].mean())
+    assert thick[302] == pytest.approx(np.nanmean(thin[298:306]))
     assert loss.lines[1].get_linewidth() > loss.lines[0].get_linewidth()
 
 

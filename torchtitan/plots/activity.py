@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from torchtitan.data.tokens import Counts
@@ -332,7 +332,7 @@ def _rate_scale(axes: Axes, which: str, slowest: float) -> None:
     decades = 10.0 ** np.arange(np.ceil(np.log10(slowest) + 0.15), np.log10(fastest) + 1)
     axis.set_major_locator(FixedLocator([0.0, *decades]))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: style.plain(value)))
+    axis.set_major_formatter(style.PLAIN)
     getattr(axes, f"set_{which}lim")(0, 1.3 * fastest)
 
 

@@ -185,8 +185,8 @@ def learning_curve(evaluations: Sequence[Evaluation]) -> Figure:
         nulls.add(_number(points[-1]["overall"].get("poisson_null_nats_per_token")))
     for null in nulls:
         right.axhline(null, color=style.NULL, linewidth=1.2)
-    left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for axes in (left, right):
+        style.count_steps(axes)
     style.legend_below(figure, left.get_legend_handles_labels()[0])
     return figure
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 RECORDED = "#0072B2"
 """Whatever was recorded; this and the other colours are from Okabe and Ito's palette, https://jfly.uni-koeln.de/color."""
@@ -87,7 +87,7 @@ def log_scale(axes: Axes, which: str, most_ticks: int = 7) -> None:
     low, high = axis.get_view_interval()
     decades = high / low if low > 0 else 10
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 200 else (1,), numticks=most_ticks))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_major_formatter(PLAIN)
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -98,6 +98,15 @@ def plain(number: float) -> str:
     if abs(number) >= 1000:
         return f"{number:,.0f}"
     return f"{number:g}"
+
+
+PLAIN = FuncFormatter(lambda value, _: plain(value))
+
+
+def count_steps(axes: Axes) -> None:
+    """A horizontal axis of steps: ticks at whole numbers."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(PLAIN)
 
 
 def series(index: int) -> dict[str, Any]:

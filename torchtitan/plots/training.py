@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from torchtitan.plots import style
@@ -44,8 +43,8 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
             _log_if_wide(axes)
         else:
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.plain(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.yaxis.set_major_formatter(style.PLAIN)
+        style.count_steps(axes)
     skipping = False
     for index, lines in enumerate(runs.values()):
         skipped = _skipping_steps(lines)
@@ -54,8 +53,11 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
         grid[0, 0].scatter(skipped, [0.0] * len(skipped), transform=grid[0, 0].get_xaxis_transform(), **marks)
     if skipping:
         grid[0, 0].set_title("Loss (×: updates skipped)", loc="left", fontsize=style.MEDIUM)
-    if len(runs) > 1:
-        style.legend_below(figure, grid[0, 0].get_legend_handles_labels()[0])
+    smooth = any(len(lines) >= SMOOTH_FROM for lines in runs.values())
+    if smooth or len(runs) > 1:
+        handles = grid[0, 0].get_legend_handles_labels()[0] if len(runs) > 1 else []
+        caption = "Thin lines: single steps; thick ones: their mean over a fiftieth of the run." if smooth else ""
+        style.legend_below(figure, handles, caption)
     return figure
 
 
@@ -64,27 +66,19 @@ def _curve(axes: Axes, lines: Metrics, key: str, name: str, look: dict[str, Any]
     steps = np.array([step for step, _ in points], float)
     values = np.array([math.nan if value is None else value for _, value in points], float)
     smooth = len(points) >= SMOOTH_FROM and key in ("loss", "grad_norm")
-    marker = "." if len(points) == 1 else ""
-    axes.plot(
-        steps,
-        values,
-        marker=marker,
-        **look,
-        linewidth=0.6 if smooth else 1.6,
-        alpha=0.35 if smooth else 1,
-        label="_" if smooth else name,
-    )
     if smooth:
-        axes.plot(steps, _running_mean(values, max(len(values) // 50, 3)), **look, linewidth=1.8, label=name)
+        thin = {**look, "linestyle": "-", "linewidth": 0.6, "alpha": 0.35}
+        axes.plot(steps, values, **thin)
+        values = _running_mean(values, max(len(values) // 50, 3))
+    axes.plot(steps, values, **look, linewidth=1.8, label=name, marker="." if len(points) == 1 else "")
 
 
 def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """The mean of the finite ones among the last `width` values; nan where there is none."""
+    """The mean of the finite ones among `width` values around each; nan where the value itself is not finite."""
     known = np.isfinite(values)
     window = np.ones(width)
-    total = np.convolve(np.where(known, values, 0), window)[: len(values)]
-    number = np.convolve(known, window)[: len(values)]
-    return np.divide(total, number, out=np.full(len(values), np.nan), where=known & (number > 0.5))
+    total = np.convolve(np.where(known, values, 0), window, "same")
+    return np.divide(total, np.convolve(known, window, "same"), out=np.full(len(values), np.nan), where=known)
 
 
 def _skipping_steps(lines: Metrics) -> list[int]:
