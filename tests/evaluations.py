@@ -64,6 +64,8 @@ def evaluation(
             {"count": 1, "expected": 90.0, "observed": 80},
             {"count": 2, "expected": 8.0, "observed": 0},
             {"count": 3, "expected": 0.01, "observed": 0},
+            {"count": 4, "expected": 2.0, "observed": 16},
+            {"count": 5, "expected": 0.5, "observed": 4},
         ],
         **more,
     }

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from tests.evaluations import evaluation, group, intervals
@@ -40,12 +41,12 @@ def test_sources_are_ranked_with_their_sessions() -> None:
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["all (7 sessions)", "high (3 sessions)", "a/b (1 session)", "low (2 sessions)", "none (1 session)"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row on top
-    pooled = dots(axes, "pooled")
+    pooled = dots(axes, "pooled, over Poisson")
     np.testing.assert_allclose(pooled[:4, 0], [0.44, 0.7, 0.3, 0.15])
     assert pooled[:, 1].tolist() == [0, 1, 2, 3, 4]
     assert np.isnan(pooled[4, 0])
-    np.testing.assert_allclose(dots(axes, "pooled, over each neuron's n-gram")[:4, 0], pooled[:4, 0] - 0.2)
-    assert sorted(dots(axes, "a session")[:, 0]) == pytest.approx([0.6, 0.7, 0.8])
+    np.testing.assert_allclose(dots(axes, "pooled, over n-gram")[:4, 0], pooled[:4, 0] - 0.2)
+    assert sorted(dots(axes, "single session")[:, 0]) == pytest.approx([0.6, 0.7, 0.8])
     text = words(figure)
     for expected in ("Bits per spike", "outputs/demo/checkpoint/step-90", "recordings, split test", "no spikes"):
         assert expected in text
@@ -56,7 +57,7 @@ def test_sessions_far_off_are_at_the_edge_and_counted() -> None:
     figure = bits_per_spike_by_source(evaluation(90, {"demo": bits}) | {"sources": {"demo": group(0.45, 6)}})
     (axes,) = figure.axes
     assert axes.get_xlim()[0] > -1
-    assert len(dots(axes, "a session")) == 5
+    assert len(dots(axes, "single session")) == 5
     assert "1 session beyond the edges" in words(figure)
 
 
@@ -99,13 +100,16 @@ def test_unknown_numbers_leave_gaps() -> None:
 def test_calibration_compares_what_was_expected_with_what_was_seen() -> None:
     figure = calibration(evaluation())
     left, right = figure.axes
-    np.testing.assert_allclose(np.asarray(left.collections[0].get_offsets()), [[900, 910], [90, 80]])
-    np.testing.assert_allclose(np.asarray(left.collections[1].get_offsets()), [[8, 0.5]])
-    ratios = right.containers[0].lines[0]  # pyright: ignore[reportAttributeAccessIssue]
-    np.testing.assert_allclose(ratios.get_xydata(), [[0, 910 / 900], [1, 80 / 90]])
-    (bars,) = right.containers[0].lines[2]  # pyright: ignore[reportAttributeAccessIssue]
+    # Counts 2 to 4 were too rare alone, and 5 has nothing behind it to join.
+    expected, seen = [900, 90, 10.51], [910, 80, 20]
+    dots = np.asarray(left.collections[0].get_offsets())
+    np.testing.assert_allclose(dots, np.transpose([expected, seen]))
+    assert [text.get_text() for text in left.texts] == ["0", "1", "2–5"]
+    (container,) = right.containers
+    assert isinstance(container, ErrorbarContainer)
+    dots, _, (bars,) = container.lines
+    np.testing.assert_allclose(np.asarray(dots.get_xydata()), [[0, 910 / 900], [1, 80 / 90], [84 / 20, 20 / 10.51]])
     np.testing.assert_allclose(np.log(bars.get_segments()[1][:, 1] / (80 / 90)), [-2 / 80**0.5, 2 / 80**0.5])
-    assert [text.get_text() for text in left.texts] == ["0", "1", "2"]
     assert (left.get_xscale(), left.get_yscale(), right.get_yscale()) == ("log", "log", "log")
 
 
@@ -119,6 +123,10 @@ def test_learning_curve_joins_the_checkpoints_of_a_run() -> None:
         np.asarray(right.lines[0].get_ydata()), [0.1 - 0.02 * 0.09, 0.1 - 0.02 * 0.18, 0.1 - 0.02 * 0.27]
     )
     assert "outputs/demo/checkpoint, on recordings, split test" in words(figure)
+
+
+def test_no_learning_curve_is_an_empty_one() -> None:
+    assert "Learning curve" in words(learning_curve([]))
 
 
 def test_learning_curves_of_runs_and_of_data_stay_apart() -> None:
@@ -139,11 +147,12 @@ def test_learning_curves_of_runs_and_of_data_stay_apart() -> None:
         evaluation(90, {"demo": [math.nan]}, calibration=[{"count": 0, "expected": math.nan, "observed": 3}]),
         evaluation(90, overall=dict.fromkeys(group(None))),
         evaluation(90, calibration=[{"count": 0, "expected": 0.0, "observed": 4}]),
+        evaluation(90, calibration=[{"count": 0, "expected": 2.0, "observed": 1}]),
         evaluation(90, loss_by_position=intervals([0, 1]), loss_by_time=intervals([5, 9])),
     ],
 )
 def test_odd_evaluations_are_drawn_without_a_warning(odd: dict) -> None:
-    figures: list[Figure] = [*pictures(odd).values(), learning_curve([odd]), learning_curve([])]
+    figures: list[Figure] = [*pictures(odd).values(), learning_curve([odd])]
     for figure in figures:
         assert words(figure)
 

@@ -73,6 +73,17 @@ def test_curves_are_the_metrics() -> None:
         assert expected in text
 
 
+def test_validations_have_panels_of_their_own_and_no_gaps() -> None:
+    lines = metrics(6, validation_nats_per_token=None, validation_bits_per_spike=None)
+    for i in (2, 5):
+        lines[i] |= {"validation_nats_per_token": 0.2 - 0.01 * i, "validation_bits_per_spike": 0.1 * i}
+    figure = training_curves({"a": lines})
+    assert len(figure.axes) == 6
+    np.testing.assert_allclose(np.asarray(figure.axes[4].lines[0].get_xydata()), [[3, 0.18], [6, 0.15]])
+    np.testing.assert_allclose(np.asarray(figure.axes[5].lines[0].get_xydata()), [[3, 0.2], [6, 0.5]])
+    assert "held-out recordings" in words(figure)
+
+
 def test_skipped_updates_are_gaps_and_crosses() -> None:
     lines = metrics(6)
     lines[2] |= {"loss": None, "grad_norm": None, "skipped_updates": 1}
@@ -126,7 +137,7 @@ def test_odd_runs_are_drawn_without_a_warning(runs: dict[str, list[dict[str, Any
 def test_the_command_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_folder(tmp_path / "run", steps=(90, 180))
     main([str(run)])
-    names = ["training", "step-180-sources", "step-180-context", "step-180-calibration", "learning-curve"]
+    names = ["training", "step-180-sources", "step-180-context", "step-180-calibration", "learning_curve"]
     expected = [run / "plots" / f"{name}.png" for name in names]
     assert capsys.readouterr().out.splitlines() == [str(path) for path in expected]
     for path in expected:
@@ -143,7 +154,7 @@ def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     main([*map(str, runs), f"{runs[0]}/", "--output", str(tmp_path / "out")])
     names = ["training", *(f"{run}/step-90-{kind}" for run in "ac" for kind in ("sources", "context", "calibration"))]
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [str(tmp_path / "out" / f"{name}.png") for name in [*names, "learning-curve"]]
+    assert printed == [str(tmp_path / "out" / f"{name}.png") for name in [*names, "learning_curve"]]
 
 
 def test_the_command_draws_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +162,7 @@ def test_the_command_draws_what_there_is(tmp_path: Path, capsys: pytest.CaptureF
     (run / "metrics.jsonl").unlink()
     main([str(run)])
     assert "training" not in capsys.readouterr().out
-    assert not (run / "plots/learning-curve.png").exists()
+    assert not (run / "plots/learning_curve.png").exists()
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

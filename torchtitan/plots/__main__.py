@@ -99,7 +99,7 @@ def draw(folders: list[Path]) -> dict[str, Figure]:
             figures.update({f"{prefix}-{picture}": figure for picture, figure in pictures(newest).items()})
         evaluations += of_run
     if sum(evaluation["step"] is not None for evaluation in evaluations) > 1:
-        figures["learning-curve"] = learning_curve(evaluations)
+        figures["learning_curve"] = learning_curve(evaluations)
     if not figures:
         raise ValueError(f"{', '.join(map(str, folders))}: no step is logged yet")
     return figures

@@ -68,9 +68,8 @@ def raster(prompt: Counts, continuations: Sequence[Activity], *, title: str, bin
     start = _first_shown(prompt, longest, bin_seconds)
     order = np.argsort(-prompt.sum(axis=1, dtype=np.int64), kind="stable")
     recent = prompt[order, start:]
-    panels = [(activity, activity.counts[order]) for activity in shown] or [
-        (Activity("", prompt[:, :0]), recent[:, :0])
-    ]
+    nothing = Activity("", prompt[:, :0])
+    panels = [(activity, activity.counts[order]) for activity in shown or [nothing]]
 
     num_neurons = len(prompt)
     panel_height = float(np.clip(0.09 * num_neurons, 1.1, np.clip(11 / len(panels), 1.5, 2.8)))

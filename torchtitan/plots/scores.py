@@ -21,9 +21,12 @@ Evaluation = dict[str, Any]
 Interval = dict[str, Any]
 
 STRONGER_NULLS = {
-    "bits_per_spike_over_histogram": ("over each neuron's histogram", ">"),
-    "bits_per_spike_over_ngram": ("over each neuron's n-gram", "s"),
+    "bits_per_spike_over_histogram": ("over histogram", ">"),
+    "bits_per_spike_over_ngram": ("over n-gram", "s"),
 }
+FEWEST = 5
+"""Tokens that a dot of the calibration stands for, at least."""
+_CALIBRATION = ("expected", "observed")
 
 
 def pictures(evaluation: Evaluation) -> dict[str, Figure]:
@@ -48,8 +51,8 @@ def bits_per_spike_by_source(evaluation: Evaluation) -> Figure:
         2.2 + 0.36 * len(groups),
         "Bits per spike by source",
         _subject(evaluation),
-        "More is better. At 0 the model predicts no better than the null: a Poisson process for each neuron, with the "
-        "mean rate that it has in what is scored.",
+        "0: no better than the null; more is better. Nulls: for each neuron a Poisson process or a histogram, fitted "
+        "to what is scored, or an n-gram that learns on the way. Sessions: over Poisson.",
     )
     axes = style.dress(figure.subplots(), "bits per spike")
     axes.axvline(0, color=style.NULL, linewidth=1.2)
@@ -57,7 +60,9 @@ def bits_per_spike_by_source(evaluation: Evaluation) -> Figure:
     stronger = {key: [_number(group.get(key)) for _, group in groups] for key in STRONGER_NULLS}
     limits = _limits(list(chain(pooled, *stronger.values())), list(chain(*by_source.values())))
     rows = np.arange(len(groups))
-    axes.scatter(pooled, rows, s=60, marker="D", color=style.GENERATED, edgecolor="black", zorder=5, label="pooled")
+    axes.scatter(
+        pooled, rows, s=60, marker="D", color=style.GENERATED, edgecolor="black", zorder=5, label="pooled, over Poisson"
+    )
     for key, (name, marker) in STRONGER_NULLS.items():
         if np.isfinite(stronger[key]).any():
             look = {"facecolor": "white", "edgecolor": style.GENERATED, "linewidth": 1.2, "zorder": 4}
@@ -108,44 +113,44 @@ def loss_against_context(evaluation: Evaluation) -> Figure:
 def calibration(evaluation: Evaluation) -> Figure:
     """How often each spike count was seen, against how often the model expected it, Σ p(count) over all tokens.
 
-    Bars: two standard errors of the ratio's logarithm, 2 / sqrt(observed), if tokens were independent; they are not, so
-    that the true ones are wider. A count that was never seen has no ratio; its dot is hollow, at one half.
+    Counts are drawn together with the next ones where fewer than `FEWEST` were seen or expected, as for Pearson's
+    χ² test. Bars: two standard errors of the ratio's logarithm, 2 / sqrt(seen), if tokens were independent; they are
+    not, so that the true ones are wider.
     """
-    counts = [
-        line
-        for line in evaluation["calibration"]
-        if math.isfinite(_number(line["expected"])) and max(line["expected"], line["observed"]) >= 0.5
-    ]
     figure = style.new_figure(
         5.0,
         "Calibration: how often each spike count was seen, and how often it was expected",
         _subject(evaluation),
-        "Numbers beside the dots: spikes in a bin. Bars: two standard errors, if tokens were independent.",
+        f"Numbers beside dots: spikes in a bin; rare ones are drawn together, {FEWEST} tokens at least. "
+        "Bars: two standard errors, if tokens were independent.",
     )
     left, right = figure.subplots(1, 2)
     style.dress(left, "tokens expected by the model", "tokens seen")
     style.dress(right, "spike count", "seen / expected")
-    if not counts:
+    groups = _groups_of_counts(evaluation["calibration"])
+    if not groups:
         return figure
-    number = np.array([line["count"] for line in counts])
-    expected = np.maximum([float(line["expected"]) for line in counts], 0.05)
-    observed = np.array([float(line["observed"]) for line in counts])
-    seen = observed > 0
+    expected, seen = (np.array([sum(line[key] for line in group) for group in groups]) for key in _CALIBRATION)
+    low, high = min(*expected, *seen) / 2, max(*expected, *seen) * 3
     left.axline((1, 1), (10, 10), color=style.NULL, linewidth=1)
-    left.scatter(expected[seen], observed[seen], color=style.RECORDED, s=30, zorder=3)
-    unseen = expected[~seen]
-    left.scatter(unseen, np.full(len(unseen), 0.5), facecolor="white", edgecolor=style.RECORDED, s=30, zorder=3)
-    for k, x, y in zip(number, expected, np.maximum(observed, 0.5), strict=True):
-        left.annotate(str(k), (x, y), xytext=(6, -8), textcoords="offset points", fontsize=style.SMALL)
-    everything = [*expected, *np.maximum(observed, 0.5)]
-    left.set(xlim=(min(everything) / 2, max(everything) * 3), ylim=(min(everything) / 2, max(everything) * 3))
+    left.scatter(expected, seen, color=style.RECORDED, s=30, zorder=3)
+    left.set(xlim=(low, high), ylim=(low, high))
     for which in "xy":
         style.log_scale(left, which)
+    labelled: list[tuple[float, float]] = []
+    for group, x, y in zip(groups, expected, seen, strict=True):
+        place = (math.log(x / low) / math.log(high / low), math.log(y / low) / math.log(high / low))
+        if all(math.dist(place, other) > 0.05 for other in labelled):
+            labelled.append(place)
+            first, last = group[0]["count"], group[-1]["count"]
+            name = f"{first}" if first == last else f"{first}–{last}"
+            left.annotate(name, (x, y), xytext=(6, -8), textcoords="offset points", fontsize=style.SMALL)
 
     right.axhline(1, color=style.NULL, linewidth=1.2)
-    ratio, error = observed[seen] / expected[seen], 2 / np.sqrt(observed[seen])
+    middle = [sum(line["count"] * line["observed"] for line in group) for group in groups] / seen
+    ratio, error = seen / expected, 2 / np.sqrt(seen)
     bars = ratio * np.stack([1 - np.exp(-error), np.exp(error) - 1])
-    right.errorbar(number[seen], ratio, bars, fmt="o", color=style.RECORDED, markersize=5, linewidth=1.2, zorder=3)
+    right.errorbar(middle, ratio, bars, fmt="o", color=style.RECORDED, markersize=5, linewidth=1.2, zorder=3)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     style.log_scale(right, "y")
     return figure
@@ -217,19 +222,36 @@ def _draw_sessions(axes: Axes, row: int, bits_per_spike: list[float], limits: tu
     inside = (known >= low) & (known <= high)
     alpha = float(np.clip(30 / max(len(known), 1), 0.15, 0.45))
     look = {"color": style.GENERATED, "linewidth": 0}
-    label = "a session" if row == 1 else None
+    label = "single session" if row == 1 else None
     axes.scatter(known[inside], heights[inside], s=16, alpha=alpha, label=label, **look)
     for outside, edge, marker in ((known < low, low - margin, "<"), (known > high, high + margin, ">")):
         axes.scatter(np.full(outside.sum(), edge), heights[outside], s=26, marker=marker, **look)
     return int((~inside).sum())
 
 
+def _groups_of_counts(calibration: list[Interval]) -> list[list[Interval]]:
+    """Runs of counts that were seen and expected `FEWEST` times at least; what is left at the end joins the last."""
+    known = [line for line in calibration if math.isfinite(_number(line["expected"]))]
+    groups: list[list[Interval]] = [[]]
+    for line in sorted(known, key=lambda line: line["count"]):
+        if groups[-1] and all(sum(line[key] for line in groups[-1]) >= FEWEST for key in _CALIBRATION):
+            groups.append([])
+        groups[-1].append(line)
+    if len(groups) > 1 and any(sum(line[key] for line in groups[-1]) < FEWEST for key in _CALIBRATION):
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return [group for group in groups if all(sum(line[key] for line in group) > 0 for key in _CALIBRATION)]
+
+
 def _limits(pooled: list[float], sessions: list[float]) -> tuple[float, float]:
-    """Limits that hold 0, the pooled values, and the sessions less than 3 interquartile ranges off their quartiles."""
+    """Limits that hold 0, the pooled values, and the sessions that are not far off.
+
+    Far is beyond the quartiles by three times their distance, or by three times the range of the pooled values.
+    """
+    inside = [0.0, *(bits for bits in pooled if math.isfinite(bits))]
     known = np.array([bits for bits in sessions if math.isfinite(bits)] or [0.0])
     lower, upper = np.percentile(known, (25, 75))
-    near = known[np.abs(known - np.clip(known, lower, upper)) <= 3 * (upper - lower)]
-    inside = [0.0, *near, *(bits for bits in pooled if math.isfinite(bits))]
+    far = 3 * max(upper - lower, max(inside) - min(inside))
+    inside += known[np.abs(known - np.clip(known, lower, upper)) <= far].tolist()
     low, high = min(inside), max(inside)
     return (low, high) if high > low else (-1.0, 1.0)
 

@@ -85,8 +85,10 @@ def log_scale(axes: Axes, which: str, most_ticks: int = 7) -> None:
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     low, high = axis.get_view_interval()
-    decades = high / low if low > 0 else 10
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 200 else (1,), numticks=most_ticks))
+    if 0 < low < high < 4 * low:
+        axis.set_major_locator(MaxNLocator(most_ticks - 1))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,), numticks=most_ticks))
     axis.set_major_formatter(PLAIN)
     axis.set_minor_formatter(NullFormatter())
 

@@ -19,12 +19,18 @@ PANELS = (
     ("lr", "Learning rate", "learning rate"),
     ("tokens_per_second_per_gpu", "Speed", "tokens/s a process"),
 )
+HELD_OUT = (
+    ("validation_nats_per_token", "Loss on held-out recordings", "nats per token, without BOS"),
+    ("validation_bits_per_spike", "Bits per spike on held-out recordings", "bits per spike"),
+)
+"""Panels of runs that are validated."""
+NOISY = ("loss", "grad_norm")
 SMOOTH_FROM = 100
 """Logged steps from which on loss and gradient norm are drawn thinly, and a running mean over them."""
 
 
 def training_curves(runs: Mapping[str, Metrics]) -> Figure:
-    """Loss, gradient norm, learning rate and speed of runs against their steps, on common axes.
+    """Loss, gradient norm, learning rate and speed of runs against their steps, on common axes; and validations.
 
     Where loss or gradient norm were not finite, the line has a gap. Crosses at the bottom of the loss mark logged
     steps since whose predecessor updates were skipped.
@@ -33,15 +39,18 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
         runs: by name, the lines of each run's `metrics.jsonl`.
     """
     kind = "Training curves" if len(runs) == 1 else f"Training curves of {len(runs)} runs"
-    figure = style.new_figure(6.8 + 0.22 * (len(runs) // 4), kind, next(iter(runs)) if len(runs) == 1 else "")
-    grid = figure.subplots(2, 2, sharex=True)
-    for axes, (key, title, unit) in zip(grid.flat, PANELS, strict=True):
-        style.dress(axes, "step" if axes in grid[1] else "", unit, title)
+    held_out = any(line.get(key) is not None for lines in runs.values() for line in lines for key, *_ in HELD_OUT)
+    panels = PANELS + HELD_OUT if held_out else PANELS
+    height = 0.8 + 3 * len(panels) / 2 + 0.22 * (len(runs) // 4)
+    figure = style.new_figure(height, kind, next(iter(runs)) if len(runs) == 1 else "")
+    grid = figure.subplots(len(panels) // 2, 2, sharex=True)
+    for axes, (key, title, unit) in zip(grid.flat, panels, strict=True):
+        style.dress(axes, "step" if axes in grid[-1] else "", unit, title)
         for index, (name, lines) in enumerate(runs.items()):
             _curve(axes, lines, key, name, style.series(index))
-        if key in ("loss", "grad_norm"):
+        if key in NOISY:
             _log_if_wide(axes)
-        else:
+        elif (key, title, unit) in PANELS:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(style.PLAIN)
         style.count_steps(axes)
@@ -62,15 +71,16 @@ def training_curves(runs: Mapping[str, Metrics]) -> Figure:
 
 
 def _curve(axes: Axes, lines: Metrics, key: str, name: str, look: dict[str, Any]) -> None:
-    points = [(line["step"], line[key]) for line in lines if key in line]
+    # A loss that is null was not finite, which shows as a gap; a validation that is null was not made.
+    points = [(line["step"], line[key]) for line in lines if key in line and (key in NOISY or line[key] is not None)]
     steps = np.array([step for step, _ in points], float)
     values = np.array([math.nan if value is None else value for _, value in points], float)
-    smooth = len(points) >= SMOOTH_FROM and key in ("loss", "grad_norm")
+    smooth = len(points) >= SMOOTH_FROM and key in NOISY
     if smooth:
         thin = {**look, "linestyle": "-", "linewidth": 0.6, "alpha": 0.35}
         axes.plot(steps, values, **thin)
         values = _running_mean(values, max(len(values) // 50, 3))
-    axes.plot(steps, values, **look, linewidth=1.8, label=name, marker="." if len(points) == 1 else "")
+    axes.plot(steps, values, **look, linewidth=1.8, label=name, marker="." if len(points) < SMOOTH_FROM // 2 else "")
 
 
 def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
