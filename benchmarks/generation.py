@@ -41,9 +41,13 @@ from torchtitan.models.llama.model import Transformer
 from torchtitan.models.llama.shape import FLAVORS, ModelShape
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, MARK, END = ROOT / "docs/generation.md", "<!-- by python benchmarks/generation.py --table -->", "<!-- end -->"
 NEURONS = 99
 WARM_UP, PROFILED = 16, 4
 """Steps before those that are timed, and after them."""
+CASES = (((700,), 1), ((700, 310, 64), 2))
+"""Tokens of the prompts, and samples of each: one sequence alone takes other kernels than several."""
 LARGEST_ERROR = 2e-2
 """Of logits, relative, where both ways round to bf16 some dozens of times; float32 must come within a thousandth."""
 
@@ -56,10 +60,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="of each prompt, sharing its cache (default 1)")
     parser.add_argument("--steps", type=int, default=192, help="tokens to generate (default 192)")
     parser.add_argument("--uncached-steps", type=int, default=2, help="tokens of the uncached loop (default 2)")
-    parser.add_argument("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION))
+    parser.add_argument("--attention", choices=ATTENTION, nargs="+", default=["triton", "pytorch", "fa3"])
     parser.add_argument("--profile", action="store_true", help="also profile steps, kernels by family (on GPUs)")
     parser.add_argument("--sweep", action="store_true", help="also time the kernels with other tiles (on GPUs)")
     parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the table of docs/generation.md")
     return parser.parse_args(argv)
 
 
@@ -68,10 +73,10 @@ def random_model(shape: ModelShape, length: int, device: torch.device, dtype: to
     model = empty_model(shape, length, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
-        weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+        weight = torch.empty(parameter.shape, device=device)
         model.init_parameter(name, weight, generator)
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight, requires_grad=False))
+        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight.to(dtype), requires_grad=False))
     return model
 
 
@@ -93,9 +98,10 @@ def session(
     return Session(decoder, prompts, samples, continuations, attention)
 
 
-def largest_error(model: Transformer, decoder: Decoder, attention: str) -> float:
-    """Relative error of the logits of all steps against the uncached model: prompts of three lengths, two samples."""
-    lengths, steps, samples = (700, 310, 64), 20, 2
+def largest_error(
+    model: Transformer, decoder: Decoder, attention: str, lengths: tuple[int, ...], samples: int, steps: int = 20
+) -> float:
+    """Relative error of the logits of all steps against the uncached model, with prompts of these lengths."""
     prompts = [random_prompts(1, length, 256, decoder.device)[0] for length in lengths]
     running = session(decoder, prompts, samples, steps, attention)
     running.run(steps)
@@ -125,7 +131,7 @@ def usable(attentions: list[str], device: torch.device, dtype: torch.dtype) -> d
     errors = {}
     for attention in attentions:
         try:
-            error = largest_error(model, decoder, attention)
+            error = max(largest_error(model, decoder, attention, *case) for case in CASES)
         except (ValueError, RuntimeError, ImportError) as problem:
             print(f"{attention}: left out: {str(problem).splitlines()[0]}", flush=True)
             continue
@@ -193,7 +199,11 @@ def known(package: str) -> bool:
 
 @torch.inference_mode()
 def main() -> None:
+    """Runs the benchmark and prints a table."""
     arguments = parse(sys.argv[1:])
+    if arguments.table:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = FLAVORS[arguments.flavor]
@@ -258,6 +268,28 @@ def main() -> None:
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def table(folder: Path) -> str:
+    """The table of all results, for the documentation."""
+    rows = []
+    for path in sorted(folder.glob("generation_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for result in found["results"]:
+            floor = result["floor_ratio"]
+            what = f"{found['flavor']}, {found['dtype']}, {found['context']:,} tokens, {found['device']}"
+            each = f"{result['sequences']} of {result['prompts']} prompts"
+            figures = [f"{result['milliseconds_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
+            figures += ["" if floor is None else f"{result['floor_milliseconds']:.2f} ms, {floor:.2f} ×"]
+            figures += [f"{result['uncached_ratio']:,.0f} ×", f"{result['prefill_seconds']:.1f}"]
+            rows.append([what, each, result["attention"], *figures])
+    headers = ["what", "sequences", "attention", "ms a token", "tokens/s", "floor", "uncached", "prompts read in, s"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def with_table(page: str) -> str:
+    """The page with the table of the results in its place."""
+    return f"{page.split(MARK)[0]}{MARK}\n\n{table(ROOT / 'benchmarks/results')}\n\n{END}{page.split(END)[1]}"
 
 
 def _row(result: dict[str, Any]) -> list[Any]:
