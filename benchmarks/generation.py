@@ -170,6 +170,7 @@ def cached(running: Session, arguments: argparse.Namespace, attention: str) -> d
     rate = bandwidth(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     result = {
         "attention": attention,
+        "tiles": None,
         "sequences": running.sequences,
         "prompts": len(prompts),
         "prefill_seconds": running.prefill_seconds,
@@ -187,6 +188,41 @@ def cached(running: Session, arguments: argparse.Namespace, attention: str) -> d
         if arguments.profile:
             result["profile"] = profile_step(lambda: running.run(PROFILED))
     return result
+
+
+def all_results(
+    decoder: Decoder,
+    arguments: argparse.Namespace,
+    attentions: list[str],
+    uncached_token: float,
+    sweep: dict[str, list[dict[str, Any]]] | None,
+) -> list[dict[str, Any]]:
+    """Those of every number of prompts, with every attention, and with the tiles that a sweep has found fastest."""
+    results = []
+    for number in arguments.sequences:
+        _clear(decoder.device)
+        prompts = random_prompts(number, arguments.context, decoder.shape.vocab_size, decoder.device)
+        running = session(decoder, prompts, arguments.samples, arguments.steps, attentions[0])
+        for attention, swept in [*((name, None) for name in attentions), *([("triton", sweep)] if sweep else [])]:
+            try:
+                result = cached(running, arguments, attention) if swept is None else tiled(running, arguments, swept)
+            except (ValueError, RuntimeError) as problem:
+                print(f"{number} prompts, {attention}: {str(problem).splitlines()[0]}", flush=True)
+                continue
+            # The uncached loop computes one sequence after another: together they would not fit.
+            result["uncached_ratio"] = 1e3 * uncached_token * result["sequences"] / result["milliseconds_per_step"]
+            results.append(result)
+            print(_line(result), flush=True)
+        del running
+    return results
+
+
+def tiled(running: Session, arguments: argparse.Namespace, sweep: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """As `cached`, by the Triton kernels with the tiles that were fastest."""
+    from benchmarks.generation_kernels import fastest_tiles
+
+    with fastest_tiles(sweep, len(running.cache.lengths)) as tiles:
+        return {**cached(running, arguments, "triton"), "attention": "triton, swept", "tiles": tiles}
 
 
 def known(package: str) -> bool:
@@ -216,40 +252,14 @@ def main() -> None:
     uncached_token = statistics.mean(uncached)
     print(f"uncached: {1e3 * uncached_token:,.1f} ms a token of one sequence of {arguments.context:,}", flush=True)
     decoder = Decoder(model)
-    results = []
-    for number in arguments.sequences:
-        _clear(device)
-        prompts = random_prompts(number, arguments.context, shape.vocab_size, device)
-        running = session(decoder, prompts, arguments.samples, arguments.steps, next(iter(errors)))
-        for attention in errors:
-            try:
-                result = cached(running, arguments, attention)
-            except (ValueError, RuntimeError) as problem:
-                print(f"{number} prompts, {attention}: {str(problem).splitlines()[0]}", flush=True)
-                continue
-            # The uncached loop computes one sequence after another: together they would not fit.
-            result["uncached_ratio"] = 1e3 * uncached_token * result["sequences"] / result["milliseconds_per_step"]
-            results.append(result)
-            print(_line(result), flush=True)
-        del running
-    _clear(device)
     sweep = None
     if arguments.sweep and device.type == "cuda":
         from benchmarks.generation_kernels import sweep_kernels
 
         sweep = sweep_kernels(decoder, arguments.context)
-    headers = [
-        "attention",
-        "sequences",
-        "prompts",
-        "prefill s",
-        "ms a token",
-        "tokens/s",
-        "TB/s",
-        "floor ms",
-        "× floor",
-    ]
-    headers.append("× uncached")
+    results = all_results(decoder, arguments, list(errors), uncached_token, sweep)
+    headers = ["attention", "sequences", "prompts", "prefill s", "ms a token", "tokens/s", "TB/s", "floor ms"]
+    headers += ["× floor", "× uncached"]
     print("\n" + tabulate([_row(result) for result in results], headers, floatfmt=".2f", missingval="–"))
     summary = {
         "command": shlex.join(["python", *sys.argv]),
