@@ -51,7 +51,7 @@ class AttentionTiles:
 
 
 matvec_tiles, attention_tiles = MatvecTiles(), AttentionTiles()
-"""Fastest on an H200 of those that `benchmarks/generation.py --sweep` tries."""
+"""What is used; `benchmarks/generation.py --sweep` tries others."""
 
 SHORTEST_SPLIT = 256
 """Tokens: less is not worth a program."""
