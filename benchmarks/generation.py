@@ -41,9 +41,13 @@ from torchtitan.models.llama.model import Transformer
 from torchtitan.models.llama.shape import FLAVORS, ModelShape
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, MARK, END = ROOT / "docs/generation.md", "<!-- by python benchmarks/generation.py --table -->", "<!-- end -->"
 NEURONS = 99
 WARM_UP, PROFILED = 16, 4
 """Steps before those that are timed, and after them."""
+CASES = (((700,), 1), ((700, 310, 64), 2))
+"""Tokens of the prompts, and samples of each: one sequence alone takes other kernels than several."""
 LARGEST_ERROR = 2e-2
 """Of logits, relative, where both ways round to bf16 some dozens of times; float32 must come within a thousandth."""
 
@@ -56,10 +60,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="of each prompt, sharing its cache (default 1)")
     parser.add_argument("--steps", type=int, default=192, help="tokens to generate (default 192)")
     parser.add_argument("--uncached-steps", type=int, default=2, help="tokens of the uncached loop (default 2)")
-    parser.add_argument("--attention", choices=ATTENTION, nargs="+", default=list(ATTENTION))
+    parser.add_argument("--attention", choices=ATTENTION, nargs="+", default=["triton", "pytorch", "fa3"])
     parser.add_argument("--profile", action="store_true", help="also profile steps, kernels by family (on GPUs)")
     parser.add_argument("--sweep", action="store_true", help="also time the kernels with other tiles (on GPUs)")
     parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the table of docs/generation.md")
     return parser.parse_args(argv)
 
 
@@ -68,10 +73,10 @@ def random_model(shape: ModelShape, length: int, device: torch.device, dtype: to
     model = empty_model(shape, length, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
-        weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+        weight = torch.empty(parameter.shape, device=device)
         model.init_parameter(name, weight, generator)
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight, requires_grad=False))
+        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weight.to(dtype), requires_grad=False))
     return model
 
 
@@ -93,9 +98,10 @@ def session(
     return Session(decoder, prompts, samples, continuations, attention)
 
 
-def largest_error(model: Transformer, decoder: Decoder, attention: str) -> float:
-    """Relative error of the logits of all steps against the uncached model: prompts of three lengths, two samples."""
-    lengths, steps, samples = (700, 310, 64), 20, 2
+def largest_error(
+    model: Transformer, decoder: Decoder, attention: str, lengths: tuple[int, ...], samples: int, steps: int = 20
+) -> float:
+    """Relative error of the logits of all steps against the uncached model, with prompts of these lengths."""
     prompts = [random_prompts(1, length, 256, decoder.device)[0] for length in lengths]
     running = session(decoder, prompts, samples, steps, attention)
     running.run(steps)
@@ -125,9 +131,9 @@ def usable(attentions: list[str], device: torch.device, dtype: torch.dtype) -> d
     errors = {}
     for attention in attentions:
         try:
-            error = largest_error(model, decoder, attention)
-        except (ValueError, RuntimeError, ImportError) as problem:
-            print(f"{attention}: left out: {str(problem).splitlines()[0]}", flush=True)
+            error = max(largest_error(model, decoder, attention, *case) for case in CASES)
+        except Exception as problem:  # also what compilers raise
+            print(f"{attention}: left out: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
             continue
         print(f"{attention}: logits differ from the uncached model's by {error:.1e}", flush=True)
         if error <= allowed:
@@ -164,6 +170,7 @@ def cached(running: Session, arguments: argparse.Namespace, attention: str) -> d
     rate = bandwidth(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     result = {
         "attention": attention,
+        "tiles": None,
         "sequences": running.sequences,
         "prompts": len(prompts),
         "prefill_seconds": running.prefill_seconds,
@@ -183,6 +190,41 @@ def cached(running: Session, arguments: argparse.Namespace, attention: str) -> d
     return result
 
 
+def all_results(
+    decoder: Decoder,
+    arguments: argparse.Namespace,
+    attentions: list[str],
+    uncached_token: float,
+    sweep: dict[str, list[dict[str, Any]]] | None,
+) -> list[dict[str, Any]]:
+    """Those of every number of prompts, with every attention, and with the tiles that a sweep has found fastest."""
+    results = []
+    for number in arguments.sequences:
+        _clear(decoder.device)
+        prompts = random_prompts(number, arguments.context, decoder.shape.vocab_size, decoder.device)
+        running = session(decoder, prompts, arguments.samples, arguments.steps, attentions[0])
+        for attention, swept in [*((name, None) for name in attentions), *([("triton", sweep)] if sweep else [])]:
+            try:
+                result = cached(running, arguments, attention) if swept is None else tiled(running, arguments, swept)
+            except Exception as problem:  # also what compilers raise
+                print(f"{number} prompts, {attention}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+                continue
+            # The uncached loop computes one sequence after another: together they would not fit.
+            result["uncached_ratio"] = 1e3 * uncached_token * result["sequences"] / result["milliseconds_per_step"]
+            results.append(result)
+            print(_line(result), flush=True)
+        del running
+    return results
+
+
+def tiled(running: Session, arguments: argparse.Namespace, sweep: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """As `cached`, by the Triton kernels with the tiles that were fastest."""
+    from benchmarks.generation_kernels import fastest_tiles
+
+    with fastest_tiles(sweep, len(running.cache.lengths)) as tiles:
+        return {**cached(running, arguments, "triton"), "attention": "triton, swept", "tiles": tiles}
+
+
 def known(package: str) -> bool:
     """Whether a package of that name is installed."""
     try:
@@ -193,7 +235,11 @@ def known(package: str) -> bool:
 
 @torch.inference_mode()
 def main() -> None:
+    """Runs the benchmark and prints a table."""
     arguments = parse(sys.argv[1:])
+    if arguments.table:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = FLAVORS[arguments.flavor]
@@ -206,40 +252,14 @@ def main() -> None:
     uncached_token = statistics.mean(uncached)
     print(f"uncached: {1e3 * uncached_token:,.1f} ms a token of one sequence of {arguments.context:,}", flush=True)
     decoder = Decoder(model)
-    results = []
-    for number in arguments.sequences:
-        _clear(device)
-        prompts = random_prompts(number, arguments.context, shape.vocab_size, device)
-        running = session(decoder, prompts, arguments.samples, arguments.steps, next(iter(errors)))
-        for attention in errors:
-            try:
-                result = cached(running, arguments, attention)
-            except (ValueError, RuntimeError) as problem:
-                print(f"{number} prompts, {attention}: {str(problem).splitlines()[0]}", flush=True)
-                continue
-            # The uncached loop computes one sequence after another: together they would not fit.
-            result["uncached_ratio"] = 1e3 * uncached_token * result["sequences"] / result["milliseconds_per_step"]
-            results.append(result)
-            print(_line(result), flush=True)
-        del running
-    _clear(device)
     sweep = None
     if arguments.sweep and device.type == "cuda":
         from benchmarks.generation_kernels import sweep_kernels
 
         sweep = sweep_kernels(decoder, arguments.context)
-    headers = [
-        "attention",
-        "sequences",
-        "prompts",
-        "prefill s",
-        "ms a token",
-        "tokens/s",
-        "TB/s",
-        "floor ms",
-        "× floor",
-    ]
-    headers.append("× uncached")
+    results = all_results(decoder, arguments, list(errors), uncached_token, sweep)
+    headers = ["attention", "sequences", "prompts", "prefill s", "ms a token", "tokens/s", "TB/s", "floor ms"]
+    headers += ["× floor", "× uncached"]
     print("\n" + tabulate([_row(result) for result in results], headers, floatfmt=".2f", missingval="–"))
     summary = {
         "command": shlex.join(["python", *sys.argv]),
@@ -258,6 +278,28 @@ def main() -> None:
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def table(folder: Path) -> str:
+    """The table of all results, for the documentation."""
+    rows = []
+    for path in sorted(folder.glob("generation_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for result in found["results"]:
+            floor = result["floor_ratio"]
+            what = f"{found['flavor']}, {found['dtype']}, {found['context']:,} tokens, {found['device']}"
+            each = f"{result['sequences']} of {result['prompts']} prompts"
+            figures = [f"{result['milliseconds_per_step']:.2f}", f"{result['tokens_per_second']:,.0f}"]
+            figures += ["" if floor is None else f"{result['floor_milliseconds']:.2f} ms, {floor:.2f} ×"]
+            figures += [f"{result['uncached_ratio']:,.0f} ×", f"{result['prefill_seconds']:.1f}"]
+            rows.append([what, each, result["attention"], *figures])
+    headers = ["what", "sequences", "attention", "ms a token", "tokens/s", "floor", "uncached", "prompts read in, s"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def with_table(page: str) -> str:
+    """The page with the table of the results in its place."""
+    return f"{page.split(MARK)[0]}{MARK}\n\n{table(ROOT / 'benchmarks/results')}\n\n{END}{page.split(END)[1]}"
 
 
 def _row(result: dict[str, Any]) -> list[Any]:

@@ -1,6 +1,7 @@
 """The kernels of generation alone, cut up in several ways: which tiles read fastest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,11 +21,11 @@ MATVEC = [
 ]
 ATTENTION = [
     AttentionTiles(tokens, warps, stages, programs)
-    for tokens, warps, stages, programs in (
-        *((64, 4, 3, 2), (64, 4, 3, 4), (64, 4, 3, 8), (64, 4, 4, 2), (64, 4, 4, 4), (64, 4, 2, 4)),
-        *((128, 4, 2, 4), (128, 8, 3, 4), (32, 4, 5, 4), (32, 4, 4, 8), (32, 2, 4, 4)),
-    )
+    for tokens, warps, stages in ((64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 8, 2), (128, 8, 3), (32, 4, 4))
+    for programs in (2, 3, 4, 8)
 ]
+CASES = {"one prompt": (1, 1, 16), "eight prompts": (8, 1, 4), "eight samples": (1, 8, 16)}
+"""Prompts, samples of each, and layers whose caches are read in turn."""
 
 
 def graph_seconds(run: Callable[[], object]) -> float:
@@ -38,11 +39,27 @@ def graph_seconds(run: Callable[[], object]) -> float:
 
 
 def sweep_kernels(decoder: Decoder, context: int) -> dict[str, list[dict[str, Any]]]:
-    """TB/s of the products of one vector, by layer and tiles, and of attention to one and to eight prompts.
+    """TB/s of the products of one vector, by kind and all together, and of attention to one and to eight prompts.
 
     All layers' weights and caches are read in turn, so that none of it comes from the GPU's own cache.
     """
     return {"products": _products(decoder), "attention": _attention(decoder, context)}
+
+
+@contextmanager
+def fastest_tiles(sweep: dict[str, list[dict[str, Any]]], prompts: int) -> Iterator[dict[str, Any]]:
+    """Puts those into use that were fastest for that many prompts."""
+    case = "one prompt" if prompts == 1 else "eight prompts"
+    products = max((found for found in sweep["products"] if found["tiles"] != "cuBLAS"), key=lambda found: found["all"])
+    ours = [found for found in sweep["attention"] if found["tiles"] != "fa3" and case in found]
+    attention = max(ours, key=lambda found: found[case])
+    kept = kernels.matvec_tiles, kernels.attention_tiles
+    kernels.matvec_tiles = MatvecTiles(**products["tiles"])
+    kernels.attention_tiles = AttentionTiles(**attention["tiles"])
+    try:
+        yield {"products": products["tiles"], "attention": attention["tiles"]}
+    finally:
+        kernels.matvec_tiles, kernels.attention_tiles = kept
 
 
 def _products(decoder: Decoder) -> list[dict[str, Any]]:
@@ -61,36 +78,37 @@ def _products(decoder: Decoder) -> list[dict[str, Any]]:
         "down": lambda: [F.linear(wide, layer.down) for layer in layers],
     }
     nbytes = {name: sum(getattr(layer, name).nbytes for layer in layers) for name in own}
-    results = [{"tiles": "cuBLAS", **{name: nbytes[name] / graph_seconds(run) / 1e12 for name, run in cublas.items()}}]
+
+    def rates(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+        taken = {name: graph_seconds(run) for name, run in runs.items()}
+        each = {name: nbytes[name] / taken[name] / 1e12 for name in runs}
+        return each | {"all": sum(nbytes.values()) / sum(taken.values()) / 1e12}
+
+    results: list[dict[str, Any]] = [{"tiles": "cuBLAS", **rates(cublas)}]
     kept = kernels.matvec_tiles
     for tiles in MATVEC:
         kernels.matvec_tiles = tiles
-        found = {name: nbytes[name] / graph_seconds(run) / 1e12 for name, run in own.items()}
-        results.append({"tiles": asdict(tiles), **found})
+        results.append({"tiles": asdict(tiles), **rates(own)})
     kernels.matvec_tiles = kept
     return _said("products, TB/s", results)
 
 
 def _attention(decoder: Decoder, context: int) -> list[dict[str, Any]]:
-    results: dict[str, dict[str, Any]] = {}
-    for prompts, samples, layers in ((1, 1, 16), (8, 1, 4), (1, 8, 16)):
+    results: list[dict[str, Any]] = [{"tiles": "fa3"}, *({"tiles": asdict(tiles)} for tiles in ATTENTION)]
+    kept = kernels.attention_tiles
+    for case, (prompts, samples, layers) in CASES.items():
         shape = replace(decoder.shape, n_layers=layers)
         cache = Cache.empty(shape, [context] * prompts, samples, 256, decoder.device, decoder.dtype)
         q = torch.randn(prompts * samples, shape.n_heads, shape.head_dim, device="cuda", dtype=decoder.dtype)
-        case = f"{prompts} prompts, {samples} samples"
-        kept = kernels.attention_tiles
-        for tiles in (None, *ATTENTION):
-            label = "fa3" if tiles is None else str(asdict(tiles))
+        for result, tiles in zip(results, (None, *ATTENTION), strict=True):
             kernels.attention_tiles = tiles or kept
             try:
-                rate = _attention_rate(q, cache, kernels.attend if tiles else flash3.attend)
-            except RuntimeError as problem:
-                print(f"{label}: {str(problem).splitlines()[0]}", flush=True)
-                continue
-            results.setdefault(label, {"tiles": label})[case] = rate
-        kernels.attention_tiles = kept
+                result[case] = _attention_rate(q, cache, kernels.attend if tiles else flash3.attend)
+            except Exception as problem:  # also what compilers raise
+                print(f"{result['tiles']}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
         del cache
-    return _said("attention, TB/s", list(results.values()))
+    kernels.attention_tiles = kept
+    return _said("attention, TB/s", results)
 
 
 def _attention_rate(q: torch.Tensor, cache: Cache, attend: Callable[..., object]) -> float:

@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 
+from tests.test_model import SHAPE, build
 from torchtitan.generation import operations
 from torchtitan.generation.cache import Cache
+from torchtitan.generation.decode import Decoder
 from torchtitan.models.llama.shape import ModelShape
 
 if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
@@ -80,3 +82,24 @@ def test_append_and_attend(lengths: list[int], samples: int, step: int, head_dim
     close(layer.own_k, keys)
     close(layer.own_v, values)
     close(kernels.attend(found, layer, cache), operations.attend(q, layer, cache))
+
+
+@pytest.mark.parametrize("lengths", [(40,), (40, 25, 33)], ids=str)
+@torch.inference_mode()
+def test_whole_steps(lengths: tuple[int, ...]) -> None:
+    """All kernels in a row: three steps of one sequence, and of several."""
+    decoder = Decoder(build(SHAPE, 64).to(DEVICE))
+    found = {}
+    for name, ops in (("triton", kernels.operations_for(len(lengths))), ("pytorch", operations.PYTORCH)):
+        cache = Cache.empty(SHAPE, list(lengths), 1, 3, DEVICE, torch.float32)
+        tokens = torch.randint(SHAPE.vocab_size, (sum(lengths) + 9,), generator=torch.Generator().manual_seed(0))
+        *prompts, following = tokens.to(DEVICE).split([*lengths, 9])
+        for number, prompt in enumerate(prompts):
+            decoder.prefill(prompt, decoder.rope(64), cache, number)
+        logits = []
+        for step in range(3):
+            now = following[step : step + len(lengths)]
+            logits.append(decoder.step(now, decoder.rope(64), cache, ops))
+            cache.advance()
+        found[name] = torch.stack(logits)
+    close(found["triton"], found["pytorch"])

@@ -51,7 +51,7 @@ class AttentionTiles:
 
 
 matvec_tiles, attention_tiles = MatvecTiles(), AttentionTiles()
-"""Fastest on an H200 of those that `benchmarks/generation.py --sweep` tries."""
+"""What is used; `benchmarks/generation.py --sweep` tries others."""
 
 SHORTEST_SPLIT = 256
 """Tokens: less is not worth a program."""
@@ -278,7 +278,9 @@ def attend(q: torch.Tensor, layer: LayerCache, cache: Cache) -> torch.Tensor:
     prompts, kv_heads, longest, _ = layer.prompt_k.shape
     own_longest, shared = layer.own_k.shape[2], heads // kv_heads
     grouped = cache.samples * shared
-    queries = min(64, max(16, triton.next_power_of_2(grouped)))
+    # In float32 there are no tensor cores, and the registers hold no more.
+    most = 64 if q.dtype != torch.float32 else 16
+    queries = min(most, max(16, triton.next_power_of_2(grouped)))
     blocks = triton.cdiv(grouped, queries)
     splits = _splits(q.device, longest, prompts * kv_heads * blocks)
     own_splits = _splits(q.device, own_longest, sequences * kv_heads)
