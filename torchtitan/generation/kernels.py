@@ -31,7 +31,7 @@ class MatvecTiles:
     rows: int = 8
     columns: int = 512
     warps: int = 4
-    stages: int = 1
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class AttentionTiles:
     tokens: int = 64
     warps: int = 4
     stages: int = 3
-    programs: int = 4
+    programs: int = 2
 
 
 matvec_tiles, attention_tiles = MatvecTiles(), AttentionTiles()
