@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchtitan import __version__
 from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.init_from import files_to_verify
 from torchtitan.checkpoint.manifest import DamagedCheckpointError, Files, Record, read_manifest
+from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.state import (
     Tensors,
     load_tensors,
@@ -76,9 +76,8 @@ class Checkpointer:
         # limit is that of the slowest disk.
         timeout = timedelta(seconds=config.comm.save_timeout_seconds)
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        # Holds the copy in host memory that a background save writes from, pinned if it is kept.
         pinned = self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
+        self.stager = KeptStager(pinned=pinned)
         self.pending: Pending | None = None
         self.save_seconds = 0.0
 
