@@ -179,7 +179,8 @@ class Bench:
 
 def restart(given: argparse.Namespace, argv: list[str]) -> None:
     """Runs train.py to a checkpoint, and again and again from there: until the first step has ended."""
-    train = ["torchrun", "--standalone", "--nproc_per_node", str(given.restart), str(ROOT / "train.py"), *argv]
+    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(given.restart)]
+    train += [str(ROOT / "train.py"), *argv]
     train += ["--metrics.log_freq", "1", "--checkpoint.interval", "1000", "--training.warmup_steps", "1"]
     metrics = Path(argv[argv.index("--job.dump_folder") + 1]) / "metrics.jsonl"
     times: dict[str, list[float]] = {

@@ -139,7 +139,7 @@ def test_verify_prints_a_table_and_says_by_its_status_whether_all_are_good(
     assert main([str(tmp_path)]) == 2
     for step in (1, 2):
         checkpointer.save(step, DATA, optimizer)
-    checkpointer.export(2)
+    checkpointer.export(2, DATA)
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("good") == 3
     shard = tmp_path / "checkpoint/step-1/__0_0.distcp"

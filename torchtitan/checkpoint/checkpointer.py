@@ -197,11 +197,14 @@ class Checkpointer:
         state = model_tensors(self.model) | optimizer_tensors(self.model, optimizer) | random_state()
         self._write(state, folders.step_folder(self.root, step), record, self.config.async_mode != "disabled")
 
-    def export(self, step: int) -> None:
-        """Writes the weights alone to `export/step-N`, in `checkpoint.export_dtype`, unless it exists."""
+    def export(self, step: int, data: dict[str, Any]) -> None:
+        """Writes the weights alone to `export/step-N`, in `checkpoint.export_dtype`, unless it exists.
+
+        `data` tells what they were trained on, as in `save`.
+        """
         dtype = getattr(torch, self.config.export_dtype)
         weights: Tensors = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
-        record = {"kind": "weights", "step": step, **self.description}
+        record = {"kind": "weights", "step": step, "data": data, **self.description}
         self._write(weights, folders.step_folder(self.root / "export", step), record, in_background=False)
 
     def _write(self, state: Tensors, folder: Path, record: Record, in_background: bool) -> None:
