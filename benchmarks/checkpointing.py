@@ -44,8 +44,8 @@ from torchtitan.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = ["--training.dataset", "synthetic", "--training.seq_len", "128", "--model.flavor", "250M"]
-PARTS = ("raw", "sync", "async", "pinned", "load", "verify", "agree")
-"""Raw writing and reading, saves in the foreground with and without checksums, in the background, the rest."""
+PARTS = ("raw", "sync", "checksums", "async", "pinned", "load", "verify", "agree")
+"""Raw writing and reading; saves in the foreground, those with and without checksums, in the background; the rest."""
 AGREEMENTS = 1000
 
 
@@ -90,6 +90,12 @@ def raw_read(folder: Path) -> None:
                 pass
 
 
+def verify(folder: Path) -> None:
+    """Verifies a checkpoint, which has to be good."""
+    damage = damage_of(folder)
+    assert damage is None, damage
+
+
 class Bench:
     """A model with its optimizer, and the times of what is done with its checkpoints."""
 
@@ -116,59 +122,57 @@ class Bench:
     def checkpointer(self, mode: str) -> Checkpointer:
         return Checkpointer(load_config([*self.argv, "--checkpoint.async_mode", mode]), self.model)
 
-    def save(self, checkpointer: Checkpointer, name: str) -> Path:
-        """One save, and what of it goes on behind the training; returns its folder."""
+    def save(self, checkpointer: Checkpointer, name: str) -> None:
+        """One save, and what of it goes on behind the training."""
         dist.barrier()
         if self.world.rank == 0:  # the disk may have room for one alone
             shutil.rmtree(checkpointer.root, ignore_errors=True)
         self.step += 1
         self.note(f"{name}: training stands still", lambda: checkpointer.save(self.step, {}, self.optimizer))
         self.note(f"{name}: after that until it is committed", checkpointer.wait)
-        folder = checkpointer.root / f"step-{self.step}"
-        self.size = sum(file.stat().st_size for file in folder.iterdir())
-        return folder
+        self.folder = checkpointer.root / f"step-{self.step}"
+        self.size = sum(file.stat().st_size for file in self.folder.iterdir())
 
-    def save_with_and_without_checksums(self, checkpointer: Checkpointer) -> None:
-        """One of each, which goes first by turns."""
-        for checksums in (True, False) if self.step % 4 < 2 else (False, True):
+    def save_in_the_foreground(self, checkpointer: Checkpointer, parts: list[str], turns_left: int) -> None:
+        """With checksums, and without where that is to be compared; which goes first, by turns; with them at last."""
+        both = (True, False) if "checksums" in parts else (True,)
+        for checksums in both if turns_left % 2 else both[::-1]:
             writer.zlib = zlib if checksums else SimpleNamespace(crc32=lambda data, value=0: 0)  # type: ignore[assignment]
             self.save(checkpointer, "foreground" if checksums else "foreground, without checksums")
         writer.zlib = zlib
 
-    def read(self, folder: Path, name: str, action: Callable[[], Any], *, all_ranks: bool = False) -> None:
+    def read(self, name: str, action: Callable[[Path], Any], *, all_ranks: bool = False) -> None:
         """Times what reads the checkpoint, on one process or all."""
         if self.cold and self.world.rank == 0:
-            drop_from_cache(folder)
-        self.note(f"{name}{' (disk)' * self.cold}", lambda: (all_ranks or self.world.rank == 0) and action())
+            drop_from_cache(self.folder)
+        self.note(f"{name}{' (disk)' * self.cold}", lambda: (all_ranks or self.world.rank == 0) and action(self.folder))
 
     def run(self, parts: list[str], written: Path) -> None:
         """Measures these parts."""
         plain = self.checkpointer("disabled")
-        if "agree" in parts:
-            agree = Interrupts().agree
-            for _ in range(self.rounds):
-                self.note(f"{AGREEMENTS:,} agreements", lambda: [agree(0, False) for _ in range(AGREEMENTS)])
-        self.save(plain, "first save")
-        if "sync" in parts:
-            for _ in range(self.rounds):
-                self.save_with_and_without_checksums(plain)
+        if self.rounds > 1:
+            self.save(plain, "first save")
+        for turns_left in reversed(range(self.rounds)):
+            if "sync" in parts or "checksums" in parts:
+                self.save_in_the_foreground(plain, parts, turns_left)
         for part, mode in (("async", "async"), ("pinned", "async_with_pinned_mem")):
             if part in parts:
                 checkpointer = self.checkpointer(mode)
                 for n in range(self.rounds + 1):
                     self.save(checkpointer, f"{mode}{', first' * (n == 0)}")
                 del checkpointer
-        if "raw" in parts:
-            for _ in range(self.rounds):
-                self.note("raw write", lambda: raw_write(written, self.size // self.world.size, self.world.rank))
-        folder = self.save(plain, "before reading")
         for _ in range(self.rounds):
             if "raw" in parts:
-                self.read(folder, "raw read (one process)", lambda: raw_read(folder))
+                self.note("raw write", lambda: raw_write(written, self.size // self.world.size, self.world.rank))
+                self.read("raw read (one process)", raw_read)
             if "verify" in parts:
-                self.read(folder, "verification (one process)", lambda: damage_of(folder))
+                self.read("verification (one process)", verify)
             if "load" in parts:
-                self.read(folder, "load", lambda: self.load(plain), all_ranks=True)
+                self.read("load", lambda _: self.load(plain), all_ranks=True)
+        if "agree" in parts:
+            agree = Interrupts().agree
+            for _ in range(self.rounds):
+                self.note(f"{AGREEMENTS:,} agreements", lambda: [agree(0, False) for _ in range(AGREEMENTS)])
 
     def load(self, checkpointer: Checkpointer) -> None:
         """Loads the newest checkpoint."""

@@ -112,7 +112,7 @@ class Archive:
         return self._zip.read(f"{self._folder}/{name}")
 
     def _map(self, record: zipfile.ZipInfo) -> memoryview:
-        """The bytes of a record that is not compressed; where a copy of them is read, memory has to be found for it."""
+        """The bytes of a record, mapped: to be given memory for a copy of them would take longer than all the rest."""
         self._window.seek(record.header_offset)
         header = self._window.read(30) or b""
         begin = record.header_offset + 30 + int.from_bytes(header[26:28], "little")
