@@ -241,7 +241,7 @@ def report(bench: Bench) -> None:
             rows.append((name, f"{median:.2f}", f"{min(times):.2f}-{max(times):.2f}", rate))
     print(tabulate(rows, headers=("what", "s, median", "s, range", "GB/s"), tablefmt="github", disable_numparse=True))
     pairs = [bench.times.get(f"foreground{kind}: training stands still", []) for kind in ("", ", without checksums")]
-    if pairs[0]:
+    if all(pairs):
         costs = [with_sums / without - 1 for with_sums, without in zip(*pairs, strict=True)]
         print(f"checksums: {statistics.median(costs):+.1%} of a save, median of {len(costs)} pairs")
     print(f"{bench.size / 1e9:.2f} GB, {bench.world.size} processes, torch {torch.__version__}")
