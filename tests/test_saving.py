@@ -14,6 +14,7 @@ from tests.models import small_model, train_a_little
 from tests.processes import run_ranks
 from torchtitan.checkpoint import folders, writer
 from torchtitan.checkpoint.checkpointer import Checkpointer, SaveError
+from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.verify import main
 from torchtitan.distributed.world import World, init_world
 
@@ -118,6 +119,19 @@ def test_a_file_that_is_shorter_on_disk_is_not_committed(
     with pytest.raises(SaveError, match=r"__0_0\.distcp has [\d,]+ bytes on disk, and [\d,]+ were written"):
         Checkpointer(config, model).save(1, DATA, optimizer)
     assert not list((tmp_path / "checkpoint").iterdir())
+
+
+def test_saves_in_the_background_are_copied_to_the_same_memory() -> None:
+    stager, state = KeptStager(pinned=False), {"weight": torch.ones(3), "step": torch.tensor(1.0)}
+    first = stager.stage(state)
+    for tensor in state.values():
+        tensor += 1
+    assert torch.equal(first["weight"], torch.ones(3))
+    memory = first["weight"].data_ptr()
+    second = stager.stage(state)
+    assert second["weight"].data_ptr() == memory
+    assert torch.equal(second["weight"], torch.full((3,), 2.0))
+    assert second["step"] == 2
 
 
 def test_start_up_needs_room_for_two_checkpoints(world: World, small_disk: Path) -> None:
