@@ -9,8 +9,9 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 RECORD = "checkpoint.json"
 FORMAT = 2
@@ -133,7 +134,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _crc32(file: BinaryIO | Any, length: int) -> int:
+def _crc32(file: FileIO, length: int) -> int:
     checksum, buffer = 0, memoryview(bytearray(min(length, CHUNK)))
     while length > 0:
         count = file.readinto(buffer[:length])
