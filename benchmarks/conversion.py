@@ -150,21 +150,20 @@ def compare(sources: dict[str, Path], output: Path, rounds: int) -> dict[str, An
 
 
 def alone(source: Path, output: Path, same: Callable[[Path], None]) -> dict[str, Any]:
-    """From Meta's format to DCP, and from there to both formats, with never more than two copies on disk."""
+    """From Meta's format to DCP, Hugging Face's, DCP and Meta's, with never more than two copies on disk."""
     figures: dict[str, Any] = {}
-
-    def convert(direction: str, source: Path, output: Path) -> None:
-        figures[direction] = {"ours": _summary([ours(direction, source, output)])}
+    there, back = output.with_name("dcp"), output.with_name("dcp-again")
+    for direction, begin, end in (
+        ("pth to dcp", source, there),
+        ("dcp to hf", there, output / "hf"),
+        ("hf to dcp", output / "hf", back),
+        ("dcp to pth", back, output / "pth"),
+    ):
+        figures[direction] = {"ours": _summary([ours(direction, begin, end)])}
         print(direction, figures[direction], flush=True)
-
-    dcp = output.with_name("dcp")
-    convert("pth to dcp", source, dcp)
-    shutil.rmtree(source)
-    convert("dcp to pth", dcp, output)
-    same(output)
-    shutil.rmtree(output)
-    convert("dcp to hf", dcp, output)
-    same(output)
+        shutil.rmtree(begin)
+        if end.parent == output:
+            same(end)
     return figures
 
 

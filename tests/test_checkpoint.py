@@ -185,7 +185,7 @@ def test_tensors_that_are_not_the_models_are_all_listed(world: World, tmp_path: 
 
 def test_an_export_is_no_training_state(world: World, tmp_path: Path) -> None:
     config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path))
-    Checkpointer(config, model).export(4)
+    Checkpointer(config, model).export(4, DATA)
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.folder", "checkpoint/export")
     config, model, _ = small_model(world, *argv)
     with pytest.raises(ValueError, match=r"does not hold a training state.*init_from"):
@@ -196,7 +196,7 @@ def test_an_export_is_no_training_state(world: World, tmp_path: Path) -> None:
 def test_export(world: World, tmp_path: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     config, model, _ = small_model(world, "--job.dump_folder", str(tmp_path), "--checkpoint.export_dtype", name)
-    Checkpointer(config, model).export(4)
+    Checkpointer(config, model).export(4, DATA)
     exported = read_checkpoint(tmp_path / "checkpoint/export/step-4")
     weights = whole(model_tensors(model))
     assert exported.keys() == weights.keys()
@@ -212,7 +212,7 @@ def save_in_the_background_and_export(folder: str) -> None:
     train_a_little(model, optimizer)
     checkpointer = Checkpointer(config, model)
     checkpointer.save(1, DATA, optimizer)
-    checkpointer.export(1)
+    checkpointer.export(1, DATA)
     checkpointer.wait()
     dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.checkpoints import read_checkpoint, saved, whole
+from tests.checkpoints import DATA, read_checkpoint, saved, whole
 from tests.models import small_model, train_a_little
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.init_from import find_weights, load_weights
@@ -68,7 +68,7 @@ def test_another_run(world: World, tmp_path: Path) -> None:
         world, "--job.dump_folder", str(tmp_path), "--checkpoint.export_dtype", "bfloat16"
     )
     checkpointer = Checkpointer(config, model)
-    checkpointer.export(0)
+    checkpointer.export(0, DATA)
     first = whole(model_tensors(model))
     train_a_little(model, optimizer)
     checkpointer.save(9, {"cursor": 0}, optimizer)

@@ -54,7 +54,8 @@ def test_from_llama_to_a_model_of_spikes(tmp_path: Path) -> None:
     assert cast(Any, theirs).generate(torch.tensor([[95]]), max_new_tokens=8).shape == (1, 9)
     card = (tmp_path / "hf/README.md").read_text()
     assert "| started from | llama |" in card
-    assert f"| tokens seen | {64 * (2 * 1 + 2 * 3)} |" in card
+    tokens_seen = f"| tokens seen | {64 * (2 * 1 + 2 * 3)} |"
+    assert tokens_seen in card
     # The weights have moved from Llama's, and not far.
     for name, weight in meta_weights(original).items():
         if name.startswith("layers."):
@@ -66,3 +67,4 @@ def test_from_llama_to_a_model_of_spikes(tmp_path: Path) -> None:
     stored = torch.load(exported / "consolidated.00.pth", weights_only=True)
     assert all(torch.equal(weight, trained[f"model.{name}"].bfloat16()) for name, weight in stored.items())
     assert json.loads((exported / "params.json").read_text())["use_scaled_rope"] is True
+    assert tokens_seen in (exported / "README.md").read_text()

@@ -14,6 +14,7 @@ from tests.models import small_model, train_a_little
 from tests.processes import run_ranks
 from torchtitan.checkpoint import folders, writer
 from torchtitan.checkpoint.checkpointer import Checkpointer, SaveError
+from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.verify import main
 from torchtitan.distributed.world import World, init_world
 
@@ -120,6 +121,19 @@ def test_a_file_that_is_shorter_on_disk_is_not_committed(
     assert not list((tmp_path / "checkpoint").iterdir())
 
 
+def test_saves_in_the_background_are_copied_to_the_same_memory() -> None:
+    stager, state = KeptStager(pinned=False), {"weight": torch.ones(3), "step": torch.tensor(1.0)}
+    first = stager.stage(state)
+    for tensor in state.values():
+        tensor += 1
+    assert torch.equal(first["weight"], torch.ones(3))
+    memory = first["weight"].data_ptr()
+    second = stager.stage(state)
+    assert second["weight"].data_ptr() == memory
+    assert torch.equal(second["weight"], torch.full((3,), 2.0))
+    assert second["step"] == 2
+
+
 def test_start_up_needs_room_for_two_checkpoints(world: World, small_disk: Path) -> None:
     config, model, _ = small_model(world, "--job.dump_folder", str(small_disk))
     checkpointer = Checkpointer(config, model)
@@ -139,7 +153,7 @@ def test_verify_prints_a_table_and_says_by_its_status_whether_all_are_good(
     assert main([str(tmp_path)]) == 2
     for step in (1, 2):
         checkpointer.save(step, DATA, optimizer)
-    checkpointer.export(2)
+    checkpointer.export(2, DATA)
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("good") == 3
     shard = tmp_path / "checkpoint/step-1/__0_0.distcp"

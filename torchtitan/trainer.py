@@ -281,7 +281,7 @@ class Trainer:
         self.watchdog.allow(self.config.comm.save_timeout_seconds)
         self.checkpointer.wait()
         if self.step >= steps and checkpoint.model_weights_only:
-            self.checkpointer.export(self.step)
+            self.checkpointer.export(self.step, self.data_state())
         if checkpoint.enable_checkpoint and not self.checkpointer.is_saved(self.step):
             raise SaveError(f"the last step, {self.step}, is not saved")
         self.watchdog.close()

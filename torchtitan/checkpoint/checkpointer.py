@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchtitan import __version__
 from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.init_from import files_to_verify
 from torchtitan.checkpoint.manifest import DamagedCheckpointError, Files, Record, read_manifest
+from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.state import (
     Tensors,
     load_tensors,
@@ -76,9 +76,8 @@ class Checkpointer:
         # limit is that of the slowest disk.
         timeout = timedelta(seconds=config.comm.save_timeout_seconds)
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        # Holds the copy in host memory that a background save writes from, pinned if it is kept.
         pinned = self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
+        self.stager = KeptStager(pinned=pinned)
         self.pending: Pending | None = None
         self.save_seconds = 0.0
 
@@ -198,11 +197,14 @@ class Checkpointer:
         state = model_tensors(self.model) | optimizer_tensors(self.model, optimizer) | random_state()
         self._write(state, folders.step_folder(self.root, step), record, self.config.async_mode != "disabled")
 
-    def export(self, step: int) -> None:
-        """Writes the weights alone to `export/step-N`, in `checkpoint.export_dtype`, unless it exists."""
+    def export(self, step: int, data: dict[str, Any]) -> None:
+        """Writes the weights alone to `export/step-N`, in `checkpoint.export_dtype`, unless it exists.
+
+        `data` tells what they were trained on, as in `save`.
+        """
         dtype = getattr(torch, self.config.export_dtype)
         weights: Tensors = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
-        record = {"kind": "weights", "step": step, **self.description}
+        record = {"kind": "weights", "step": step, "data": data, **self.description}
         self._write(weights, folders.step_folder(self.root / "export", step), record, in_background=False)
 
     def _write(self, state: Tensors, folder: Path, record: Record, in_background: bool) -> None:

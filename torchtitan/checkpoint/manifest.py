@@ -9,14 +9,15 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 RECORD = "checkpoint.json"
 FORMAT = 2
 BY_HAND = 1
 """Format of a record without files and checksums, as one writes to adopt another program's weights."""
-CHUNK = 1 << 24
+CHUNK = 1 << 20  # stays in the processor's cache
 
 Record = dict[str, Any]
 """format, kind, step, model shape, data cursor, configuration, versions, and `files`."""
@@ -133,14 +134,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _crc32(file: BinaryIO | Any, length: int) -> int:
-    checksum = 0
+def _crc32(file: FileIO, length: int) -> int:
+    checksum, buffer = 0, memoryview(bytearray(min(length, CHUNK)))
     while length > 0:
-        chunk = file.read(min(length, CHUNK))
-        if not chunk:
+        count = file.readinto(buffer[:length])
+        if not count:
             return -1
-        checksum = zlib.crc32(chunk, checksum)
-        length -= len(chunk)
+        checksum = zlib.crc32(buffer[:count], checksum)
+        length -= count
     return checksum
 
 

@@ -55,6 +55,8 @@ class CheckedWriter(FileSystemWriter):
                     length = stream.position - offset
                     place = _StorageInfo(name, offset, length)
                     results.append(CheckedResult(item.index, length, place, crc32=stream.checksum))
+                    if hasattr(os, "posix_fadvise"):  # else the system begins to write to the disk when told to sync
+                        beside.submit(os.posix_fadvise, file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

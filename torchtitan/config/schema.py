@@ -183,7 +183,7 @@ class Checkpoint(Table):
     """Keep that many newest checkpoints and remove older ones. 0: keep all."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`async` copies the state to host memory and writes it while training goes on; with pinned memory the copy
-    is faster and its buffers stay allocated."""
+    from GPUs is faster. The memory, as much as a process's state takes, is kept."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written, a full disk for one: `stop` ends the run, `continue` trains on towards the
     next one. The step is not there then, and the last one must be."""

@@ -3,12 +3,12 @@
 import warnings
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from torchtitan.checkpoint.manifest import RECORD, Files, read_manifest, read_record
 from torchtitan.checkpoint.reader import SafeReader
@@ -129,25 +129,27 @@ def _left_out(name: str, prefix: str) -> tuple[str, str] | None:
 def _read(folder: Path, metadata: Metadata, name: str) -> torch.Tensor:
     """One whole tensor from however many pieces."""
     entry: Any = metadata.state_dict_metadata[name]
+    if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
+        raise ValueError(f"{folder} is damaged: the pieces of {name} do not make up the whole of it")
+    if len(entry.chunks) == 1:
+        return _read_piece(folder, metadata, name, entry.chunks[0]).contiguous()
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
     for chunk in entry.chunks:
-        piece = whole[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))]
-        _read_piece(folder, metadata, MetadataIndex(name, chunk.offsets), piece)
-    if sum(prod(chunk.sizes) for chunk in entry.chunks) != whole.numel():
-        raise ValueError(f"{folder} is damaged: the pieces of {name} do not make up the whole of it")
+        place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        whole[place] = _read_piece(folder, metadata, name, chunk)
     return whole
 
 
-def _read_piece(folder: Path, metadata: Metadata, index: MetadataIndex, destination: torch.Tensor) -> None:
-    place = metadata.storage_data[index]
-    path = folder / place.relative_path
+def _read_piece(folder: Path, metadata: Metadata, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+    place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+    path, dtype = folder / place.relative_path, cast(Any, metadata.state_dict_metadata[name]).properties.dtype
     if place.transform_descriptors:
         raise ValueError(f"{path} is stored with {', '.join(place.transform_descriptors)}, which cannot be read here")
     try:
         with Archive(path, place.offset, place.length) as archive:
             stored = archive.content
-            if not isinstance(stored, Stored) or (stored.shape, stored.dtype) != (destination.shape, destination.dtype):
-                raise ValueError(f"{path} is damaged: {index.fqn} is not there")
-            archive.read_into(stored, destination)
+            if not isinstance(stored, Stored) or (stored.shape, stored.dtype) != (tuple(chunk.sizes), dtype):
+                raise ValueError(f"{path} is damaged: {name} is not there")
+            return archive.read(stored)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -52,7 +52,7 @@ def open_meta(folder: Path, rope_scaling: str | None = None) -> Source:
     check_dtypes(folder, weights)
     for name in (name for name in order if axes[name] is None and len(shards) > 1):
         _check_copies(name, shards)
-    tensors = Tensors(weights, lambda name: _read(name, shards, axes[name], weights[name]))
+    tensors = Tensors(weights, lambda name: _read(name, shards, axes[name]))
     left_out = group_left_out(tables, lambda name: (name, "a table that follows from the shape"))
     return Source(shape, tensors, left_out)
 
@@ -154,21 +154,16 @@ def _whole_shape(name: str, shards: list[Archive], axis: int | None) -> tuple[in
     return tuple(whole)
 
 
-def _read(name: str, shards: list[Archive], axis: int | None, weight: Weight) -> torch.Tensor:
-    whole = torch.empty(weight.shape, dtype=weight.dtype)
-    parts = [whole] if axis is None else whole.chunk(len(shards), axis)
-    for shard, part in zip(shards, parts, strict=False):
-        shard.read_into(shard.content[name], part)
-    return whole
+def _read(name: str, shards: list[Archive], axis: int | None) -> torch.Tensor:
+    parts = [shard.read(shard.content[name]) for shard in (shards if axis is not None else shards[:1])]
+    return torch.cat(parts, axis or 0).contiguous() if len(parts) > 1 else parts[0].contiguous()
 
 
 def _check_copies(name: str, shards: list[Archive]) -> None:
     """What every shard holds whole must be the same in all."""
-    first = _read(name, shards[:1], None, Weight(shards[0].content[name].shape, shards[0].content[name].dtype))
+    first = _read(name, shards[:1], None)
     for shard in shards[1:]:
-        copy = torch.empty_like(first)
-        shard.read_into(shard.content[name], copy)
-        if not torch.equal(copy, first):
+        if not torch.equal(_read(name, [shard], None), first):
             raise ValueError(
                 f"{shard.path} and {shards[0].path.name} are shards of different models: {name} is not the same in them"
             )
