@@ -61,15 +61,19 @@ def rate_sums(
     smooth = smoothed(counts, scored, stretches, bin_s)
     sizes = np.maximum(scored.sum(axis=0), 1)
 
-    def total(product: NDArray[np.float32]) -> NDArray[np.float64]:
-        return product.sum(axis=0, dtype=np.float64)
+    def deviations(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        means = values.sum(axis=0, dtype=np.float64) / sizes
+        return (values - means.astype(np.float32)) * scored
 
-    x, y = total(rates), total(smooth)
+    def total(product: NDArray[np.float32]) -> float:
+        return float(product.sum(dtype=np.float64))
+
+    x, y = deviations(rates), deviations(smooth)
     return RateSums(
-        residual=float(total((smooth - rates) ** 2).sum()),
-        smoothed=float((total(smooth * smooth) - y * y / sizes).sum()),
-        predicted=float((total(rates * rates) - x * x / sizes).sum()),
-        product=float((total(rates * smooth) - x * y / sizes).sum()),
+        residual=total((smooth - rates) ** 2),
+        smoothed=total(y * y),
+        predicted=total(x * x),
+        product=total(x * y),
     )
 
 
