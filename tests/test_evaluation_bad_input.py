@@ -30,7 +30,7 @@ def on(recordings: str, folder: Path, *more: str) -> list[str]:
     ("arguments", "message"),
     [
         (["--max_windows", "0"], "argument --max_windows: 0 is not positive"),
-        (["--max_windows", "many"], "argument --max_windows: invalid _positive value: 'many'"),
+        (["--max_windows", "many"], "argument --max_windows: 'many' is not a whole number"),
         (["--min_context", "-1"], "argument --min_context: -1 is negative"),
         (["--max_window", "3"], r"--max_window: unknown flag; did you mean --max_windows\?"),
         (["--sources", "x"], r"--sources: unknown flag; did you mean --source_dataset\?"),

@@ -109,12 +109,19 @@ def _unknown(rest: list[str], flags: list[str]) -> list[Problem]:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
+    if (number := _whole(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
 
 
 def _not_negative(text: str) -> int:
-    if (number := int(text)) < 0:
+    if (number := _whole(text)) < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
