@@ -72,12 +72,12 @@ def evaluate(arguments: Arguments, config: JobConfig, world: World) -> None:
         evaluations.append(evaluation)
         path = folder / f"{name}.json"
         _write(path, evaluation)
-        plots = draw(evaluation, name, folder, config)
-        print(f"\n{name}\n\n{tables(evaluation)}\n\nwritten to {path}{plots}", flush=True)
+        pictures = _draw(evaluation, name, folder, config)
+        print(f"\n{name}\n\n{tables(evaluation)}\n\nwritten to {path}{pictures}", flush=True)
     if len(evaluations) > 1:
         evaluations.sort(key=lambda evaluation: -1 if evaluation["step"] is None else evaluation["step"])
-        plots = draw_learning_curve(evaluations, folder, config)
-        print(f"\n{learning_curve(evaluations)}{plots}", flush=True)
+        pictures = _draw_learning_curve(evaluations, folder, config)
+        print(f"\n{learning_curve(evaluations)}{pictures}", flush=True)
 
 
 def score(model: Transformer, over: Pass, config: JobConfig, world: World) -> Totals | None:
@@ -119,37 +119,36 @@ def _reported(windows: Iterable[WindowScore], num_tokens: int) -> Iterator[Windo
     logger.info(f"{done:,} tokens in {time.monotonic() - started:.1f} s")
 
 
-def draw(evaluation: Evaluation, name: str, folder: Path, config: JobConfig) -> str:
-    """Draws what one evaluation shows, to files and to TensorBoard; returns what there is to say of it."""
+def _draw(evaluation: Evaluation, name: str, folder: Path, config: JobConfig) -> str:
+    """Draws what one evaluation shows; returns what there is to say of it."""
     if importlib.util.find_spec("torchtitan.plots") is None:
         return ""
-    from torchtitan.plots import scores
+    from torchtitan.plots.scores import pictures
 
-    figures = {
-        f"{kind}": getattr(scores, kind)(evaluation)
-        for kind in ("bits_per_spike_by_source", "loss_against_context", "calibration")
-    }
-    return _keep({f"{name}-{kind}": figure for kind, figure in figures.items()}, folder, config, evaluation["step"])
+    return _keep(pictures(evaluation), f"{name}-", evaluation["step"] or 0, folder, config)
 
 
-def draw_learning_curve(evaluations: list[Evaluation], folder: Path, config: JobConfig) -> str:
-    """As `draw`, of several checkpoints."""
+def _draw_learning_curve(evaluations: list[Evaluation], folder: Path, config: JobConfig) -> str:
+    """As `_draw`, of several checkpoints."""
     if importlib.util.find_spec("torchtitan.plots") is None:
         return ""
-    from torchtitan.plots.scores import learning_curve as curve
+    from torchtitan.plots.scores import learning_curve as draw_curve
 
-    return _keep({"learning_curve": curve(evaluations)}, folder, config, evaluations[-1]["step"])
+    figures = {"learning_curve": draw_curve(evaluations)}
+    return _keep(figures, "", evaluations[-1]["step"] or 0, folder, config)
 
 
-def _keep(figures: dict[str, Any], folder: Path, config: JobConfig, step: int | None) -> str:
+def _keep(figures: dict[str, Any], prefix: str, step: int, folder: Path, config: JobConfig) -> str:
+    """To files, and to TensorBoard in a folder beside the run's own, which the run may still write to."""
     from torchtitan.plots.board import to_tensorboard
     from torchtitan.plots.style import save
 
     for name, figure in figures.items():
-        save(figure, folder / "plots" / f"{name}.png")
+        save(figure, folder / "plots" / f"{prefix}{name}.png")
     if config.metrics.enable_tensorboard:
-        to_tensorboard(Path(config.job.dump_folder) / config.metrics.save_tb_folder, figures, step or 0)
-    return f"\nplots in {folder / 'plots'}"
+        board = Path(config.job.dump_folder) / config.metrics.save_tb_folder / "evaluation"
+        to_tensorboard(board, figures, step)
+    return f"\npictures in {folder / 'plots'}"
 
 
 def _checkpoints(arguments: Arguments) -> list[Path]:
