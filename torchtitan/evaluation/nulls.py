@@ -30,7 +30,7 @@ def poisson_nats(counts: Counts, scored: Scored) -> NDArray[np.float64]:
     """Negative log likelihood of each scored count under a Poisson with its neuron's mean, 0 for the others.
 
     λ - k ln λ + ln k!, λ being the mean of the neuron's scored counts: the null of the Neural Latents Benchmark (Pei
-    et al., Neural Latents Benchmark '21, 2021, eq. 1). A neuron that never fires has λ = 0, which predicts it exactly.
+    et al., Neural Latents Benchmark '21, 2021). A neuron that never fires has λ = 0, which predicts it exactly.
 
     Returns:
         Nats, float64 [bins, neurons].

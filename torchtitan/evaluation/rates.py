@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KERNEL_SECONDS = 0.05
-"""Standard deviation of the Gaussian that counts are smoothed with, as in the Neural Latents Benchmark's baseline."""
+"""Standard deviation of the Gaussian that counts are smoothed with: a usual width for spikes of single trials."""
 REACH = 4
 """Standard deviations at which the kernel is cut off, on both sides."""
 BLOCK = 64

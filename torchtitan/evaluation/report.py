@@ -62,7 +62,7 @@ def group(sums: Sums, sessions: int) -> Evaluation:
 def bits_per_spike(null: float, nats: float, spikes: float) -> float | None:
     """(null - model) / (spikes · ln 2), of total negative log likelihoods in nats; None without spikes.
 
-    What a spike tells the model more than the null (Pei et al., Neural Latents Benchmark '21, 2021, eq. 1).
+    What a spike tells the model more than the null (Pei et al., Neural Latents Benchmark '21, 2021).
     """
     return _ratio(null - nats, spikes * math.log(2))
 
