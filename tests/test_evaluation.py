@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from tests.checkpoints import whole
 from tests.helpers import in_memory, random_recordings, write_recordings
-from tests.models import small_model, train_a_little
+from tests.models import SMALL, small_model, train_a_little
 from tests.processes import run, train, train_command
 from torchtitan.checkpoint.checkpointer import Checkpointer
+from torchtitan.checkpoint.state import model_tensors
 from torchtitan.config.schema import Training
 from torchtitan.data.index import RecordingIndex, load_index
 from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import Rows
 from torchtitan.distributed.world import World
 from torchtitan.evaluation.accumulator import Accumulator
+from torchtitan.evaluation.arguments import parse
 from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.report import Evaluation, results
-from torchtitan.evaluation.run import score
+from torchtitan.evaluation.run import evaluate, score
 from torchtitan.evaluation.scoring import WindowScore
 from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import Transformer
@@ -263,6 +267,28 @@ enable_tensorboard = false
         assert (found["checkpoint"], found["step"], found["data"]["split"]) == (None, None, "train")
         assert found["overall"]["bits_per_spike"] < 0
         assert found["overall"]["tokens"] == 6 * 60
+
+
+def test_weights_that_are_not_a_run_s(world: World, tmp_path: Path) -> None:
+    """An export, and another program's: their files are named by the step, where there is one, or by the folder."""
+    rows = random_recordings([(5, 40)])
+    data = write_recordings(tmp_path / "recordings", {"train": rows, "test": rows})
+    argv = ("--training.dataset_path", str(data), "--job.dump_folder", str(tmp_path), "--training.num_workers", "0")
+    argv += ("--metrics.enable_tensorboard", "false")
+    config, model, optimizer = small_model(world, *argv[2:])
+    train_a_little(model, optimizer)
+    weights = whole(model_tensors(model))
+    Checkpointer(config, model).export(7)
+    dcp.save({name.removeprefix("model."): t for name, t in weights.items()}, checkpoint_id=tmp_path / "old-weights")
+    small = [*SMALL[2:], *argv]
+    exported = str(tmp_path / "checkpoint/export/step-7")
+    evaluate(*parse([*small, "--checkpoint", exported, str(tmp_path / "old-weights")], ""), world)
+    found = [json.loads((tmp_path / f"evaluation/{name}.json").read_text()) for name in ("step-7", "old-weights")]
+    assert [(one["step"], one["checkpoint"]) for one in found] == [(7, exported), (None, str(tmp_path / "old-weights"))]
+    assert found[0]["overall"] == found[1]["overall"]
+    over = Pass(*in_memory(rows), seq_len=32, vocab_size=256)
+    expected = scored_by_hand(model, Stream(rows), list(range(0, over.windows.num_tokens - 1, 32)), 32, 0)
+    assert found[0]["overall"]["bits_per_spike"] == pytest.approx(expected["overall"]["bits_per_spike"], rel=2e-6)
 
 
 def test_several_passes_of_one_model(world: World, tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ import pytest
 
 from tests.checkpoints import assert_same_checkpoint
 from tests.helpers import random_recordings, write_recordings
+from tests.models import small_model
 from tests.processes import run, train, train_command
 from tests.test_train import CONFIG, reports
+from torchtitan.distributed.watchdog import Watchdog
+from torchtitan.distributed.world import World
+from torchtitan.evaluation.validation import Validation
 
 STEPS = 6
 VALIDATION = ("--validation.enable", "--validation.interval", "2", "--validation.max_windows", "5")
@@ -84,6 +88,23 @@ def test_it_stands_in_tensorboard_and_counts_into_no_step(config_file: str, tmp_
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     elapsed = lines[-1]["time"] - lines[1]["time"]
     assert sum(line["seconds_per_step"] for line in lines[2:]) < 0.8 * elapsed
+
+
+def test_the_watchdog_hears_of_every_round(world: World) -> None:
+    class Listener(Watchdog):
+        def __init__(self) -> None:
+            self.allowed: list[float] = []
+
+        def allow(self, seconds: float) -> None:
+            self.allowed.append(seconds)
+
+    config, model, _ = small_model(world, "--validation.max_windows", "5", "--training.batch_size", "2")
+    validation, listener = Validation(config, world), Listener()
+    first, later = config.comm.init_timeout_seconds, config.comm.train_timeout_seconds
+    scores = validation.score(model, listener)
+    assert listener.allowed == [first, later, later, later]
+    assert validation.score(model, listener) == scores
+    assert listener.allowed[4:] == [later] * 4
 
 
 def test_synthetic_data_have_recordings_of_their_own(tmp_path: Path) -> None:

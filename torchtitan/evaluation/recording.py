@@ -120,7 +120,7 @@ def geometric_bin(values: NDArray[np.integer] | NDArray[np.floating]) -> NDArray
 def score_recording(num_neurons: int, pieces: list[Piece], *, nulls: bool = True) -> RecordingScore:
     """What a recording of that many neurons contributes; `pieces` are all of it that is scored, in order.
 
-    Without `nulls` the dear ones stay 0: histogram, n-gram, and the comparison of rates.
+    Without `nulls` the costly ones stay 0: histogram, n-gram, and the comparison of rates.
     """
     m = assemble(num_neurons, pieces)
     poisson = poisson_nats(m.counts, m.scored)
