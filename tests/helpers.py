@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torchtitan.data.index import RecordingIndex
+    from torchtitan.data.recordings import Recordings
 
 Format = Literal["parquet", "disk"]
 
@@ -35,6 +39,22 @@ def write_rows(folder: Path, splits: dict[str, list[Any]], format: Format = "par
         for split, dataset in datasets.items():
             dataset.to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+def in_memory(rows: Sequence[np.ndarray], source_datasets: Sequence[str] = ()) -> "tuple[Recordings, RecordingIndex]":
+    """Recordings that are held in memory, and their index; of the source datasets of `ids` where none are given."""
+    from datasets import Dataset, Features, List, Value
+
+    from torchtitan.data.index import RecordingIndex
+    from torchtitan.data.recordings import Recordings
+
+    features = Features({"spike_counts": List(List(Value("uint8"))), **{name: Value("string") for name in ids(0)}})
+    columns = {"spike_counts": [counts.tolist() for counts in rows], **ids(len(rows))}
+    if source_datasets:
+        columns["source_dataset"] = list(source_datasets)
+    shapes = np.array([counts.shape for counts in rows])
+    index = RecordingIndex(np.arange(len(rows)), shapes[:, 0], shapes[:, 1], np.empty(0, np.int64), "in memory")
+    return Recordings(Dataset.from_dict(columns, features=features), "in memory"), index
 
 
 def ids(num_rows: int) -> dict[str, list[str]]:

@@ -8,25 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import expected_tokens, ids, random_recordings, write_rows
+from tests.helpers import expected_tokens, in_memory, random_recordings, write_rows
 from torchtitan.config.schema import Training
-from torchtitan.data.index import RecordingIndex, load_index
-from torchtitan.data.recordings import Recordings, open_recordings
+from torchtitan.data.index import load_index
+from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import RecordedWindows, Window, WindowOrder, permute
 
 sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 8)), min_size=1, max_size=6)
 
 
-def windows_of(rows: list[np.ndarray], *, seq_len: int, vocab_size: int = 256) -> RecordedWindows:
+def windows_of(
+    rows: list[np.ndarray], *, seq_len: int, vocab_size: int = 256, stride: int | None = None
+) -> RecordedWindows:
     """The windows of recordings that are held in memory."""
-    from datasets import Dataset, Features, List, Value
-
-    features = Features({"spike_counts": List(List(Value("uint8"))), **{name: Value("string") for name in ids(0)}})
-    columns = {"spike_counts": [counts.tolist() for counts in rows], **ids(len(rows))}
-    shapes = np.array([counts.shape for counts in rows])
-    index = RecordingIndex(np.arange(len(rows)), shapes[:, 0], shapes[:, 1], np.empty(0, np.int64), "in memory")
-    recordings = Recordings(Dataset.from_dict(columns, features=features), "in memory")
-    return RecordedWindows(recordings, index, seq_len=seq_len, vocab_size=vocab_size)
+    return RecordedWindows(*in_memory(rows), seq_len=seq_len, vocab_size=vocab_size, stride=stride)
 
 
 def read(source: RecordedWindows, window: int) -> tuple[np.ndarray, Window]:
@@ -73,6 +68,23 @@ class TestWindows:
             assert window.valid == left
             assert tokens[: left + 1].tolist() == stream[-left - 1 :].tolist()
             assert not tokens[left + 1 :].any()
+
+    @given(sizes=sizes, seq_len=st.integers(2, 60), overlap=st.integers(1, 59))
+    def test_may_overlap(self, sizes: list[tuple[int, int]], seq_len: int, overlap: int) -> None:
+        rows, stride = random_recordings(sizes), max(seq_len - overlap, 1)
+        stream = expected_tokens(rows)
+        source = windows_of(rows, seq_len=seq_len, stride=stride)
+        whole = [k for k in range(len(stream)) if k * stride + seq_len < len(stream)]
+        assert source.num_windows == len(whole)
+        for k in whole:
+            tokens, window = read(source, k)
+            assert window.valid == seq_len
+            assert tokens.tolist() == stream[k * stride : k * stride + seq_len + 1].tolist()
+        seen = whole[-1] * stride + seq_len + 1 if whole else 1
+        assert source.tail == len(stream) - seen
+        if source.tail:
+            tokens, window = read(source, len(whole))
+            assert tokens[: window.valid + 1].tolist() == stream[len(whole) * stride :].tolist()
 
     @given(sizes=sizes, seq_len=st.integers(1, 60), vocab_size=st.sampled_from([3, 8, 256]))
     def test_say_where_they_and_their_recordings_begin_and_what_was_clipped(

@@ -31,6 +31,9 @@ class StepMetrics:
         clipped_counts: spike counts clipped since the start of this process, all ranks.
         seconds_left: estimate for the steps that remain.
         time: of the report, seconds since 1970.
+        validation_nats_per_token: mean negative log likelihood of held-out counts, BOS left out; None where this step
+            is not validated.
+        validation_bits_per_spike: what that is better than a Poisson with each neuron's mean of the same counts.
     """
 
     step: int
@@ -48,6 +51,8 @@ class StepMetrics:
     clipped_counts: int
     seconds_left: float
     time: float
+    validation_nats_per_token: float | None = None
+    validation_bits_per_spike: float | None = None
 
     def __str__(self) -> str:
         mfu = "peak unknown" if self.mfu is None else f"{self.mfu:.1%}"
@@ -55,9 +60,14 @@ class StepMetrics:
         clipped = f"  clipped {self.clipped_counts:,}" if self.clipped_counts else ""
         loss = "not finite" if self.loss is None else f"{self.loss:.4f}"
         norm = "not finite" if self.grad_norm is None else f"{self.grad_norm:.3f}"
+        held_out = ""
+        if self.validation_nats_per_token is not None:
+            held_out = f"  validation {self.validation_nats_per_token:.4f}"
+            if self.validation_bits_per_spike is not None:
+                held_out += f" ({self.validation_bits_per_spike:+.3f} bits/spike)"
         clipped += f"  skipped {self.skipped_updates}" if self.skipped_updates else ""
         return (
-            f"step {self.step:>6}  loss {loss}  grad norm {norm}  lr {self.lr:.2e}  "
+            f"step {self.step:>6}  loss {loss}{held_out}  grad norm {norm}  lr {self.lr:.2e}  "
             f"tokens/s/GPU {self.tokens_per_second_per_gpu:,.0f}  MFU {mfu}{memory}  "
             f"data wait {self.data_wait_share:.1%}  left {timedelta(seconds=round(self.seconds_left))}{clipped}"
         )

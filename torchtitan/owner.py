@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -108,6 +109,16 @@ class Owner:
             with suppress(OSError, FolderInUseError):
                 self.check()
                 os.utime(self.path)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes the run folder, if it is not there; raises ValueError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f'job.dump_folder = "{folder}" cannot be written: {error.strerror}') from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:

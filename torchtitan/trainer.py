@@ -3,11 +3,10 @@
 import gc
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ from torch.utils.data import DataLoader
 from torchtitan.checkpoint.checkpointer import Checkpointer, Found, SaveError
 from torchtitan.checkpoint.init_from import find_weights, load_weights
 from torchtitan.config import JobConfig, dump_toml
-from torchtitan.data.index import check_index, load_index
 from torchtitan.data.loader import Batch, RankSampler, build_loader, open_windows
-from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import WindowOrder, WindowSource
 from torchtitan.distributed.degrees import Degrees
 from torchtitan.distributed.interrupts import Interrupts, children_spared
+from torchtitan.distributed.open_data import open_split
 from torchtitan.distributed.parallelize import build_model, init_weights
 from torchtitan.distributed.watchdog import Watchdog
-from torchtitan.distributed.world import World, build_mesh, first_on_each_node, from_rank_zero, set_timeout
+from torchtitan.distributed.world import World, build_mesh, from_rank_zero, set_timeout
+from torchtitan.evaluation.validation import Validation
 from torchtitan.flops import FORMULA, peak_flops, training_flops
 from torchtitan.health import Health
 from torchtitan.logging import logger
@@ -37,7 +36,7 @@ from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
 from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
 from torchtitan.outcome import State, clear_outcome, write_outcome
-from torchtitan.owner import Owner
+from torchtitan.owner import Owner, make_writable
 from torchtitan.plan.choose import describe as describe_recompute
 from torchtitan.plan.resolve import resolve_recompute
 from torchtitan.profiling import profiling
@@ -70,6 +69,7 @@ class Trainer:
         self.degrees = Degrees.of(training, world.size)
         self.tokens_per_step = self.degrees.global_batch_size * training.seq_len
         self.windows = _open_windows(config, world, self.degrees.global_batch_size)
+        self.validation = Validation(config, world) if config.validation.enable else None
         self.mesh = build_mesh(self.degrees, world.device)
         recompute, self.recompute_reason = resolve_recompute(config, self.degrees, world)
         config = self.config = config.model_copy(update={"activation_checkpoint": recompute})
@@ -166,7 +166,7 @@ class Trainer:
                 saving = self.is_saved(last_step if not stopping else self.step)
                 self.health.learn(all_of_them=saving or self.is_logged(last_step))
                 if self.is_logged(last_step):
-                    writer.write(self.report(float(loss), float(grad_norm)))
+                    writer.write(self.validated(self.report(float(loss), float(grad_norm))))
                 if self.step == self.first_step:
                     # Compilation and the start of the loader are over.
                     set_timeout(self.mesh, config.comm.train_timeout_seconds + GRACE)
@@ -271,6 +271,15 @@ class Trainer:
         self.stopwatch.restart()
         return metrics
 
+    def validated(self, metrics: StepMetrics) -> StepMetrics:
+        """These metrics, with the figures of held-out data where they are due: not part of the step's time."""
+        if not self.is_validated():
+            return metrics
+        assert self.validation is not None
+        scores = self.validation.score(self.model, self.watchdog)
+        self.stopwatch.restart()
+        return replace(metrics, **scores)
+
     def finish(self, last_step: int) -> None:
         """Exports the weights if asked to, waits for the last save, and states how the run ended, and where it is.
 
@@ -299,7 +308,7 @@ class Trainer:
             self.owner = None
 
     def _take_dump_folder(self) -> None:
-        _make_writable(self.dump_folder)
+        make_writable(self.dump_folder)
         self.owner = Owner(self.dump_folder)
         clear_outcome(self.dump_folder)
 
@@ -325,8 +334,12 @@ class Trainer:
         return build_loader(self.windows, sampler, num_workers=training.num_workers, pin_memory=on_gpu)
 
     def is_logged(self, last_step: int) -> bool:
-        """The first step of the run, every `log_freq`-th and the last one."""
-        return self.step % self.config.metrics.log_freq == 0 or self.step in (1, last_step)
+        """The first step of the run, every `log_freq`-th, the last one, and each that is validated."""
+        return self.step % self.config.metrics.log_freq == 0 or self.step in (1, last_step) or self.is_validated()
+
+    def is_validated(self) -> bool:
+        """Whether held-out data are scored after this step."""
+        return self.validation is not None and self.validation.is_due(self.step)
 
     def is_saved(self, last_step: int) -> bool:
         """Every `interval`-th step and the last one, where checkpoints are enabled."""
@@ -357,15 +370,6 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _make_writable(dump_folder: Path) -> None:
-    try:
-        dump_folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=dump_folder):
-            pass
-    except OSError as error:
-        raise ValueError(f'job.dump_folder = "{dump_folder}" cannot be written: {error.strerror}') from error
-
-
 def _write_config(path: Path, config: JobConfig) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump_toml(config), encoding="utf-8")
@@ -376,13 +380,7 @@ def _open_windows(config: JobConfig, world: World, global_batch_size: int) -> Wi
     training = config.training
     recordings = index = None
     if training.dataset != "synthetic":
-        logger.info(f"opening {training.dataset_path or training.dataset}")
-        with first_on_each_node(world):
-            recordings = open_recordings(training)
-        opened = recordings
-        index = from_rank_zero(lambda: load_index(opened, training.malformed_rows))
-        if world.local_rank == 0 and world.rank != 0:
-            check_index(recordings, index)
+        recordings, index = open_split(training, world)
     windows = open_windows(training, recordings, index)
     logger.info(windows.describe())
     if windows.num_windows is not None and windows.num_windows < global_batch_size:

@@ -26,6 +26,7 @@ class Source:
         absent: the model's weights that it does not hold.
         narrow: their dtypes other than float32.
         files: those that are verified while they are read.
+        step: of the run that has written them; None where it is not recorded.
     """
 
     folder: Path
@@ -33,10 +34,13 @@ class Source:
     absent: list[str]
     narrow: list[str]
     files: Files
+    step: int | None
 
 
-def find_weights(model: Transformer, config: Checkpoint) -> Source:
+def find_weights(model: Transformer, config: Checkpoint, named: str = "checkpoint.init_from") -> Source:
     """The weights that `checkpoint.init_from` names, compared with the model, which may still be without memory.
+
+    `named` is the setting that the user has given the folder by, where it is another.
 
     Weights may stand under `model.` or bare; a `freqs_cis` buffer is ignored, as is everything beside the weights of a
     training checkpoint; bf16 and fp16 are widened. Only `checkpoint.init_missing_keys` may be missing.
@@ -47,7 +51,7 @@ def find_weights(model: Transformer, config: Checkpoint) -> Source:
     """
     assert config.init_from is not None
     given = Path(config.init_from).expanduser()
-    folder = from_rank_zero(lambda: checkpoint_folder(given, "checkpoint.init_from"))
+    folder = from_rank_zero(lambda: checkpoint_folder(given, named))
     record = from_rank_zero(lambda: _read_record(folder))
     files = files_to_verify(record, config)
     stored = from_rank_zero(lambda: stored_tensors(folder, files))
@@ -69,7 +73,7 @@ def find_weights(model: Transformer, config: Checkpoint) -> Source:
     problems = model.shape.differences(recorded_shape)
     raise_mismatches(folder, problems + mismatches(weights, stored, widen=True))
     narrow = sorted({str(entry.properties.dtype) for entry in stored.values() if entry} - {str(torch.float32)})
-    return Source(folder, prefix, absent, narrow, files)
+    return Source(folder, prefix, absent, narrow, files, record.get("step"))
 
 
 def load_weights(model: Transformer, source: Source) -> None:

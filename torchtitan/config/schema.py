@@ -159,6 +159,21 @@ class Training(Table):
     """Python's garbage collector runs every that many steps, and never inside one."""
 
 
+class Validation(Table):
+    """Scoring held-out recordings while training; evaluate.py tells more about a checkpoint."""
+
+    enable: bool = False
+    """Score windows of another split every so often, and after the last step. Training goes on as without it, to the
+    last bit."""
+    interval: PositiveInt = 500
+    """Steps between validations."""
+    split: NonEmpty = "test"
+    """Split of the training data's dataset. Of synthetic data, recordings that no training window is made from."""
+    max_windows: PositiveInt = 64
+    """Windows of training.seq_len tokens to score, spread evenly over the split and always the same; each process takes
+    training.batch_size of them at once, so a multiple of that many in all processes leaves none idle."""
+
+
 class Metrics(Table):
     """What a step reports, and where."""
 
@@ -273,6 +288,7 @@ class JobConfig(BaseModel):
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
+    validation: Validation = Validation()
     metrics: Metrics = Metrics()
     checkpoint: Checkpoint = Checkpoint()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()

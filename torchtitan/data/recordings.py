@@ -108,11 +108,12 @@ class _Chunk:
         return num_neurons, fewest, most
 
 
-def open_recordings(training: Training) -> Recordings:
-    """Opens the recordings that the configuration names.
+def open_recordings(training: Training, split: str | None = None, named: str = "training.split") -> Recordings:
+    """Opens the recordings that the configuration names: of `split`, or of `training.split`.
 
     Raises:
-        ValueError: where they are not there, have no such split, lack a column, or have one of another type.
+        ValueError: where they are not there, lack a column, have one of another type, or have no such split, which
+            is then told by the name of the setting that has given it.
     """
     # Compute nodes have no network; without this the library would wait for it, or fetch a whole pile on every node.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -120,14 +121,15 @@ def open_recordings(training: Training) -> Recordings:
 
     datasets.disable_progress_bars()
     splits, origin = _load_path(training.dataset_path) if training.dataset_path else _load_pile(str(training.dataset))
-    if training.split not in splits:
-        raise ValueError(f'training.split = "{training.split}": {origin} has only {", ".join(splits)}')
-    dataset = splits[training.split]
+    wanted = split or training.split
+    if wanted not in splits:
+        raise ValueError(f'{named} = "{wanted}": {origin} has only {", ".join(splits)}')
+    dataset = splits[wanted]
     _check_columns(dataset, origin)
-    others = ", ".join(f"{name} ({len(rows):,} rows)" for name, rows in splits.items() if name != training.split)
-    if others:
+    others = ", ".join(f"{name} ({len(rows):,} rows)" for name, rows in splits.items() if name != wanted)
+    if others and split is None:
         logger.info(f"{origin} has further splits, which are not trained on: {others}")
-    return Recordings(dataset, f"{origin}, split {training.split}")
+    return Recordings(dataset, f"{origin}, split {wanted}")
 
 
 def _load_pile(name: str) -> tuple[dict[str, "datasets.Dataset"], str]:

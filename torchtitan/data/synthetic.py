@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from torchtitan.data.index import RecordingIndex
 from torchtitan.data.tokens import Counts, Tokens, write_tokens
 from torchtitan.data.windows import Window
 
@@ -56,6 +57,39 @@ class SyntheticWindows:
     def describe(self) -> str:
         """See `WindowSource.describe`."""
         return f"synthetic ({self.kind}), made on the fly from seed {self.seed}, fingerprint {self.fingerprint}"
+
+
+class SyntheticRecordings:
+    """A split of whole synthetic recordings, as many as a pile's split has rows: a function of (seed, split) alone.
+
+    Training sees windows without end and never one of these; they are what there is to evaluate a model on.
+    """
+
+    location = "memory"
+
+    def __init__(self, *, kind: Kind, split: str, seed: int, num_rows: int = 48) -> None:
+        random = np.random.default_rng([seed, *split.encode(), *b"recordings"])
+        sizes = [(int(random.integers(*NEURONS)), int(random.integers(*BINS))) for _ in range(num_rows)]
+        self.rows = [spike_counts(kind, neurons, bins, random) for neurons, bins in sizes]
+        self.description = f"synthetic ({kind}), split {split}, made from seed {seed}"
+        self.index = RecordingIndex(
+            rows=np.arange(num_rows),
+            neurons=np.array([neurons for neurons, _ in sizes]),
+            bins=np.array([bins for _, bins in sizes]),
+            malformed=np.empty(0, np.int64),
+            fingerprint=f"synthetic-{kind}-recordings-1-{seed}-{split}",
+        )
+
+    def spike_counts(self, row: int, num_neurons: int, num_bins: int) -> Counts:
+        """See `Rows.spike_counts`."""
+        assert self.rows[row].shape == (num_neurons, num_bins)
+        return self.rows[row]
+
+    def ids(self) -> dict[str, list[str]]:
+        """See `Rows.ids`: each recording is a session."""
+        names = [f"recording-{row}" for row in range(len(self.rows))]
+        constant = {"subject_id": "none", "segment_id": "0", "source_dataset": "synthetic"}
+        return {"session_id": names, **{column: [value] * len(names) for column, value in constant.items()}}
 
 
 def spike_counts(kind: Kind, num_neurons: int, num_bins: int, random: np.random.Generator) -> Counts:

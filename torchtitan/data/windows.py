@@ -4,14 +4,14 @@ Window k covers the stream tokens k·seq_len … (k + 1)·seq_len inclusive: seq
 labels, so that every token but the very first is predicted exactly once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from torchtitan.data.index import RecordingIndex
-from torchtitan.data.recordings import Recordings
-from torchtitan.data.tokens import Tokens, write_tokens
+from torchtitan.data.tokens import Counts, Tokens, write_tokens
 
 
 @dataclass(frozen=True)
@@ -49,45 +49,91 @@ class WindowSource(Protocol):
         ...
 
 
+class Rows(Protocol):
+    """Recordings by their row: what windows need to know of them."""
+
+    description: str
+
+    @property
+    def location(self) -> str:
+        """Where they lie, for the log."""
+        ...
+
+    def spike_counts(self, row: int, num_neurons: int, num_bins: int) -> Counts:
+        """Counts of a row of that size, uint8 [neurons, bins]; not to be written to."""
+        ...
+
+    def ids(self) -> dict[str, list[str]]:
+        """The identity columns of all rows."""
+        ...
+
+
 class RecordedWindows:
     """The windows of a dataset, rows following each other in its order.
 
     `num_windows` counts the whole ones. One more, `num_windows` itself, holds the tail that fills none, where
     there is any: training drops it, evaluation scores it.
+
+    With a `stride` below `seq_len`, windows overlap: window k covers the tokens k·stride … k·stride + seq_len.
     """
 
-    def __init__(self, recordings: Recordings, index: RecordingIndex, *, seq_len: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        recordings: Rows,
+        index: RecordingIndex,
+        *,
+        seq_len: int,
+        vocab_size: int,
+        stride: int | None = None,
+    ) -> None:
         self.recordings, self.index = recordings, index
         self.seq_len, self.vocab_size = seq_len, vocab_size
+        self.stride = stride or seq_len
+        assert 0 < self.stride <= seq_len, f"windows of {seq_len} tokens every {self.stride} tokens leave some out"
         self.ends = np.cumsum((index.neurons + 1) * index.bins)
         self.num_tokens = index.num_tokens
-        self.num_windows: int | None = (self.num_tokens - 1) // seq_len
-        self.tail = (self.num_tokens - 1) % seq_len
+        overlap = seq_len - self.stride
+        whole, tail = divmod(self.num_tokens - 1 - overlap, self.stride)
+        if whole <= 0:
+            whole, tail = 0, self.num_tokens - 1
+        self.num_windows: int | None = whole
+        self.tail = tail
         self.fingerprint = index.fingerprint
 
     def read(self, window: int, out: Tokens) -> Window:
         """See `WindowSource.read`. Where the window is the tail, `out` is filled up with zeros."""
-        position = window * self.seq_len
+        position = window * self.stride
         stop = min(position + self.seq_len + 1, self.num_tokens)
         valid = stop - position - 1
         assert valid > 0, f"window {window} lies behind the end of the stream"
-        recording = int(np.searchsorted(self.ends, position, side="right"))
         origin, documents, clipped, written = None, [], 0, 0
-        while position < stop:
+        for recording, start, length in self.pieces(position, stop):
             neurons, bins = int(self.index.neurons[recording]), int(self.index.bins[recording])
-            row, end = int(self.index.rows[recording]), int(self.ends[recording])
-            start = position - (end - (neurons + 1) * bins)
-            length = min(end, stop) - position
+            row = int(self.index.rows[recording])
             counts = self.recordings.spike_counts(row, neurons, bins)
             clipped += write_tokens(counts, start, out[written : written + length], self.vocab_size)
             origin = origin or (row, start // (neurons + 1))
             # A recording that begins with the last token of the window is seen only as a label.
             if written < valid:
                 documents.append(written)
-            position, written, recording = position + length, written + length, recording + 1
+            written += length
         out[written:] = 0
         assert origin is not None
         return Window(valid, documents, origin, clipped)
+
+    def pieces(self, position: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The recordings that the stream's tokens `position` … `stop - 1` belong to.
+
+        Yields:
+            For each its place in the index, its first token among these, counted from its beginning, and their number.
+        """
+        recording = int(np.searchsorted(self.ends, position, side="right"))
+        while position < stop:
+            end = int(self.ends[recording])
+            start = position - (end - int((self.index.neurons[recording] + 1) * self.index.bins[recording]))
+            length = min(end, stop) - position
+            yield recording, start, length
+            position, recording = position + length, recording + 1
 
     def describe(self) -> str:
         """See `WindowSource.describe`."""

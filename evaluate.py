@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Scores held-out recordings: bits per spike over rate models, by source, by context, and as a learning curve.
+
+On several GPUs: `torchrun --nproc_per_node N evaluate.py …`; the results do not depend on N.
+"""
+
+import os
+import sys
+import traceback
+
+from torchtitan.config import ConfigError, JobConfig
+from torchtitan.distributed.launcher import end_with_launcher
+from torchtitan.evaluation.arguments import Arguments, parse
+from torchtitan.logging import init_logger, logger
+
+
+def main(arguments: Arguments, config: JobConfig) -> None:
+    """Runs the evaluation in the processes that were started for it."""
+    # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
+    import torch.distributed as dist
+
+    from torchtitan.distributed.world import first_to_report, init_world
+    from torchtitan.evaluation.run import evaluate
+
+    try:
+        evaluate(arguments, config, init_world(config.comm.init_timeout_seconds))
+    except ValueError as error:
+        # What a user can mend needs no trace, and to be said once.
+        if first_to_report(str(error)):
+            logger.error(f"error: {error}")
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    end_with_launcher()
+    init_logger()
+    try:
+        arguments, config = parse(sys.argv[1:], str(__doc__))
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            logger.error(f"error: {error}")
+        sys.exit(2)
+    try:
+        main(arguments, config)
+    except Exception:
+        # At once: an orderly exit would wait for the loader's processes, and for ranks that are gone.
+        traceback.print_exc()
+        os._exit(1)

@@ -1,0 +1,111 @@
+"""Adds up a pass, recording by recording, in the order of the stream: memory is that of a few recordings."""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchtitan.data.tokens import bos_token
+from torchtitan.evaluation.passes import Pass
+from torchtitan.evaluation.recording import NUM_EDGES, Piece, RecordingScore, Sums, score_recording
+from torchtitan.evaluation.scoring import WindowScore
+
+Session = tuple[str, str, str]
+"""source_dataset, subject_id, session_id."""
+
+
+@dataclass
+class Totals:
+    """A whole pass.
+
+    Attributes:
+        sessions: sums of each session, in the order of the data.
+        by_position, by_time: see `RecordingScore`.
+        expected, observed: how often each count should have occurred by the model, and how often it did, float64 and
+            int64 [vocab_size - 1].
+    """
+
+    expected: NDArray[np.float64]
+    observed: NDArray[np.int64]
+    sessions: dict[Session, Sums] = field(default_factory=dict)
+    by_position: NDArray[np.float64] = field(default_factory=lambda: np.zeros((NUM_EDGES, 4)))
+    by_time: NDArray[np.float64] = field(default_factory=lambda: np.zeros((NUM_EDGES, 4)))
+
+    @property
+    def overall(self) -> Sums:
+        """All sessions together."""
+        overall = Sums()
+        for sums in self.sessions.values():
+            overall += sums
+        return overall
+
+    @property
+    def sources(self) -> dict[str, Sums]:
+        """The sums of each source dataset."""
+        sources: dict[str, Sums] = {}
+        for (source, _, _), sums in self.sessions.items():
+            sources.setdefault(source, Sums())
+            sources[source] += sums
+        return sources
+
+
+class Accumulator:
+    """Takes the windows of a pass in order. Recordings that are complete are worked on by threads, a few at a time."""
+
+    def __init__(self, over: Pass, *, nulls: bool = True, num_threads: int = 1) -> None:
+        """`nulls`: see `score_recording`."""
+        self.over, self.nulls = over, nulls
+        self.ids = over.windows.recordings.ids()
+        self.bos = bos_token(over.windows.vocab_size)
+        self.totals = Totals(np.zeros(self.bos), np.zeros(self.bos, np.int64))
+        self.pool = ThreadPoolExecutor(num_threads)
+        self.at_most = 2 * num_threads
+        self.under_way: deque[tuple[int, Future[RecordingScore]]] = deque()
+        self.recording = -1  # the one that is open
+        self.pieces: list[Piece] = []
+
+    def add(self, score: WindowScore) -> None:
+        """Takes the next window."""
+        windows, totals = self.over.windows, self.totals
+        start, stop = self.over.scored(score.window)
+        totals.expected += score.expected
+        totals.observed += np.bincount(score.labels, minlength=self.bos + 1)[: self.bos]
+        done = 0
+        for recording, first, length in windows.pieces(start, stop):
+            if recording != self.recording:
+                self._close()
+                self.recording = recording
+            part = slice(done, done + length)
+            position = start + done - score.window * windows.stride - 1
+            self.pieces.append(Piece(first, position, score.labels[part], score.nats[part], score.rates[part]))
+            done += length
+
+    def finish(self) -> Totals:
+        """The sums, when all windows have been taken."""
+        self._close()
+        self._take(0)
+        self.pool.shutdown()
+        return self.totals
+
+    def _close(self) -> None:
+        """Gives the open recording, if there is one, to a thread; waits where too many are under way."""
+        if self.pieces:
+            neurons = int(self.over.windows.index.neurons[self.recording])
+            scored = self.pool.submit(score_recording, neurons, self.pieces, nulls=self.nulls)
+            self.under_way.append((self.recording, scored))
+            self.pieces = []
+            self._take(self.at_most)
+
+    def _take(self, left: int) -> None:
+        """Adds up the oldest recordings until no more than `left` are under way: always in the same order."""
+        while len(self.under_way) > left:
+            recording, scored = self.under_way.popleft()
+            score = scored.result()
+            row = int(self.over.windows.index.rows[recording])
+            session = (self.ids["source_dataset"][row], self.ids["subject_id"][row], self.ids["session_id"][row])
+            self.totals.sessions.setdefault(session, Sums())
+            self.totals.sessions[session] += score.sums
+            self.totals.by_position += score.by_position
+            self.totals.by_time += score.by_time

@@ -1,0 +1,127 @@
+"""The command line of evaluate.py. Imports no torch."""
+
+import argparse
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from torchtitan.config import ConfigError, JobConfig, load_config
+from torchtitan.config.load import COMMAND_LINE, Problem
+from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.distributed.degrees import check_degrees
+from torchtitan.models.llama.shape import check_shape
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What evaluate.py is told besides the configuration; see its `--help`."""
+
+    checkpoints: list[Path]
+    all_steps: bool
+    split: str
+    source_datasets: list[str]
+    max_windows: int | None
+    min_context: int
+    overlap: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([Problem(COMMAND_LINE, "", message)])
+
+
+def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
+    """The arguments, and the configuration that the rest of `argv` describes, without what only training needs.
+
+    Raises:
+        ConfigError: listing what is wrong with either.
+    """
+    parser = _Parser(
+        usage="evaluate.py --job.config_file FILE [flags] [--table.key value ...]",
+        description=description,
+        epilog="`train.py --help` lists the keys of the configuration, any of which may be overridden.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="a checkpoint of any run, an export, weights in DCP format, or a folder of steps, of which the newest "
+        "counts; several: the learning curve; without it the weights are random",
+    )
+    parser.add_argument(
+        "--all_steps", action="store_true", help="all steps of each --checkpoint that is a folder of them"
+    )
+    parser.add_argument("--split", default="test", metavar="NAME", help="split to evaluate on (default: test)")
+    parser.add_argument("--source_dataset", nargs="+", default=[], metavar="NAME", help="only rows of these sources")
+    parser.add_argument(
+        "--max_windows", type=_positive, metavar="K", help="score that many windows, spread evenly over the split"
+    )
+    parser.add_argument(
+        "--min_context",
+        type=_not_negative,
+        default=0,
+        metavar="M",
+        help="leave out tokens with fewer tokens than that before them in their window",
+    )
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="overlap windows, so that --min_context leaves no more than the first out",
+    )
+    own, rest = parser.parse_known_args(argv)
+    problems = list(_unknown(rest, [flag for action in parser._actions for flag in action.option_strings]))
+    if own.overlap and own.min_context < 2:
+        problems.append(
+            Problem(COMMAND_LINE, "--overlap", "needs a --min_context of at least 2, by which they overlap")
+        )
+    if own.all_steps and not own.checkpoint:
+        problems.append(Problem(COMMAND_LINE, "--all_steps", "needs a --checkpoint, the folder of the steps"))
+    if problems:
+        raise ConfigError(problems)
+    config = load_config(rest, [check_shape, lambda config: check_degrees(_for_evaluation(config))])
+    arguments = Arguments(
+        own.checkpoint, own.all_steps, own.split, own.source_dataset, own.max_windows, own.min_context, own.overlap
+    )
+    return arguments, _for_evaluation(config)
+
+
+def _for_evaluation(config: JobConfig) -> JobConfig:
+    """Nothing is recomputed, and there is no batch of all ranks."""
+    training = config.training.model_copy(update={"global_batch_size": -1})
+    return config.model_copy(update={"training": training, "activation_checkpoint": ActivationCheckpoint()})
+
+
+def _unknown(rest: list[str], flags: list[str]) -> list[Problem]:
+    """Flags that are neither evaluate.py's own nor, as they name no table, keys of the configuration."""
+    problems = []
+    for argument in rest:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and "." not in flag:
+            near = difflib.get_close_matches(flag, flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`evaluate.py --help` lists all"
+            problems.append(Problem(COMMAND_LINE, flag, f"unknown flag; {hint}"))
+    return problems
+
+
+def _positive(text: str) -> int:
+    if (number := _whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _not_negative(text: str) -> int:
+    if (number := _whole(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
