@@ -71,6 +71,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def configure(argv: list[str], folder: str, lengths: list[int] | None) -> JobConfig:
     """The configuration, with nothing to be written but the result; exits with 2 where it is wrong."""
     quiet = ["--checkpoint.enable_checkpoint", "false", "--checkpoint.model_weights_only", "false"]
+    quiet += ["--validation.enable", "false"]
     try:
         config = load_config(
             [*argv, *quiet, "--job.dump_folder", folder], [check_shape, check_degrees, check_recompute]
