@@ -2,7 +2,7 @@
 """The whole way at a small scale: `make demo`.
 
 Writes made-up recordings, trains train_configs/debug.toml on them, stops halfway, goes on from the checkpoint in fresh
-processes, and says what the model has learned about recordings that it has not seen.
+processes, says what the model has learned about recordings that it has not seen, and continues one of them.
 """
 
 import json
@@ -51,6 +51,16 @@ def evaluate(config: JobConfig) -> dict[str, Any]:
     return json.loads((folder / f"evaluation/step-{config.training.steps}.json").read_text())["overall"]
 
 
+def generate(config: JobConfig) -> Path:
+    """Continues a held-out recording, far beyond the few bins that the model sees at a time; where the pictures are."""
+    folder = Path(config.job.dump_folder)
+    output = folder / "generation" / "demo"
+    prompt = ("--prompt", f"{config.training.dataset_path}:0", "--bins", "100")
+    prompt += ("--samples", "2", "--sliding_window", "--output", str(output))
+    run("generate.py", "--checkpoint", str(folder / config.checkpoint.folder), *prompt)
+    return output / "plots"
+
+
 def main() -> None:
     """Runs the demo from scratch."""
     started = time.perf_counter()
@@ -62,6 +72,7 @@ def main() -> None:
     run("scripts/demo_data.py", str(config.training.dataset_path))
     train_in_two_sessions(config)
     reached = evaluate(config)
+    pictures = generate(config)
 
     steps = read_metrics(dump_folder / "metrics.jsonl")
     last = steps[-3:]
@@ -75,7 +86,9 @@ def main() -> None:
         ("speed", f"{speed:,.0f} tokens/s a process"),
         ("metrics", str(dump_folder / "metrics.jsonl")),
         ("checkpoints", str(checkpoints)),
-        ("TensorBoard", f"tensorboard --logdir {dump_folder / config.metrics.save_tb_folder}"),
+        ("evaluation", str(dump_folder / "evaluation")),
+        ("generated activity", str(pictures / "demo_data-0-raster.png")),
+        ("TensorBoard", f"tensorboard --logdir {dump_folder}"),
         ("the demo took", f"{time.perf_counter() - started:.0f} s"),
     ]
     print("\n" + tabulate(rows, tablefmt="simple_outline"))

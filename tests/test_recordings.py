@@ -172,7 +172,7 @@ class TestOpening:
         with warnings_logged.at_level(logging.INFO):
             recordings, _ = opened(folder)
         assert len(recordings) == 1
-        assert "further splits, which are not trained on: test (2 rows)" in warnings_logged.text
+        assert "further splits, which are not used here: test (2 rows)" in warnings_logged.text
         assert str(recordings.location) in RecordedWindows(*opened(folder), seq_len=4, vocab_size=256).describe()
 
 

@@ -128,7 +128,7 @@ def open_recordings(training: Training, split: str | None = None, named: str = "
     _check_columns(dataset, origin)
     others = ", ".join(f"{name} ({len(rows):,} rows)" for name, rows in splits.items() if name != wanted)
     if others and split is None:
-        logger.info(f"{origin} has further splits, which are not trained on: {others}")
+        logger.info(f"{origin} has further splits, which are not used here: {others}")
     return Recordings(dataset, f"{origin}, split {wanted}")
 
 

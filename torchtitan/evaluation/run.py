@@ -1,6 +1,5 @@
 """The way of evaluate.py: opens data and model, passes over the split once a checkpoint, reports."""
 
-import importlib.util
 import json
 import os
 import time
@@ -121,8 +120,6 @@ def _reported(windows: Iterable[WindowScore], num_tokens: int) -> Iterator[Windo
 
 def _draw(evaluation: Evaluation, name: str, folder: Path, config: JobConfig) -> str:
     """Draws what one evaluation shows; returns what there is to say of it."""
-    if importlib.util.find_spec("torchtitan.plots") is None:
-        return ""
     from torchtitan.plots.scores import pictures
 
     return _keep(pictures(evaluation), f"{name}-", evaluation["step"] or 0, folder, config)
@@ -130,8 +127,6 @@ def _draw(evaluation: Evaluation, name: str, folder: Path, config: JobConfig) ->
 
 def _draw_learning_curve(evaluations: list[Evaluation], folder: Path, config: JobConfig) -> str:
     """As `_draw`, of several checkpoints."""
-    if importlib.util.find_spec("torchtitan.plots") is None:
-        return ""
     from torchtitan.plots.scores import learning_curve as draw_curve
 
     figures = {"learning_curve": draw_curve(evaluations)}

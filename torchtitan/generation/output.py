@@ -103,11 +103,16 @@ def write_summary(path: Path, summary: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def draw(folder: Path, continued: Sequence[Continued]) -> None:
-    """Draws each prompt's rasters and population rates, and its statistics where the recording goes on as long."""
+def draw(folder: Path, continued: Sequence[Continued], checkpoint: Path, step: int) -> None:
+    """Draws each prompt's raster and population rate, and its statistics where the recording goes on as long.
+
+    As PNG in `folder`, and for TensorBoard in the folder `tb` beside it.
+    """
     from torchtitan.plots.activity import Activity, population_rate, raster, statistics
+    from torchtitan.plots.board import to_tensorboard
     from torchtitan.plots.style import save
 
+    figures = {}
     for label, one in zip(labels([one.prompt for one in continued]), continued, strict=True):
         bins = one.samples[0].shape[1]
         # Of a long prompt, what is nearest: else the continuation would be a sliver at its end.
@@ -115,11 +120,11 @@ def draw(folder: Path, continued: Sequence[Continued]) -> None:
         shown = [Activity(f"sample {number}", sample) for number, sample in enumerate(one.samples[:SHOWN])]
         if one.real.shape[1]:
             shown.insert(0, Activity("recorded", one.real))
-        save(raster(before, shown, title=f"{one.prompt.given} continued"), folder / f"{label}-raster.png")
-        save(
-            population_rate(before, shown, title=f"{one.prompt.given}: population rate"),
-            folder / f"{label}-population_rate.png",
-        )
+        title = f"{one.prompt.given}; model: {checkpoint}"
+        figures[f"{label}-raster"] = raster(before, shown, title=title)
+        figures[f"{label}-population_rate"] = population_rate(before, shown, title=title)
         if one.real.shape[1] == bins:
-            title = f"{one.prompt.given}: {bins} bins of recording and samples"
-            save(statistics(one.real, one.samples, title=title), folder / f"{label}-statistics.png")
+            figures[f"{label}-statistics"] = statistics(one.real, one.samples, title=title)
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.png")
+    to_tensorboard(folder.parent / "tb", {f"generation/{name}": figure for name, figure in figures.items()}, step)

@@ -100,7 +100,7 @@ def generate(arguments: argparse.Namespace) -> Path:
         }
         write_summary(folder / SUMMARY, summary)
         if not arguments.no_plots:
-            draw(folder / PLOTS, continued)
+            draw(folder / PLOTS, continued, checkpoint, source.record.get("step") or 0)
     _report(summary, folder, plots=not arguments.no_plots)
     return folder
 
