@@ -10,6 +10,8 @@ from torch._C import _distributed_c10d as distributed_c10d
 
 INTERVAL = 0.5
 """Seconds between looks at the clock."""
+GRACE = 3.0
+"""Seconds for the other ranks to leave their traces: those that wait for this one fail as soon as it is gone."""
 
 
 class Watchdog:
@@ -55,3 +57,4 @@ class Watchdog:
         dump = getattr(distributed_c10d, "_dump_fr_trace", None)  # not in every build
         if dump is not None:
             (self.folder / f"rank-{self.rank}.flight").write_bytes(dump())
+        time.sleep(GRACE)
