@@ -10,7 +10,6 @@ come back while the block above is in its backward pass. Three rules keep memory
   next block as soon as its last copy is queued.
 """
 
-import mmap
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -41,13 +40,8 @@ class HostMemory:
         """
         if self.free[num_bytes]:
             return self.free[num_bytes].pop()
-        if not self.page_locked:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        else:
-            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # The kernel fills and locks pages one by one: gigabytes take a minute in pages of 4 KiB.
-            pages.madvise(mmap.MADV_HUGEPAGE)
-            buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        if self.page_locked:
             # PyTorch's own page-locked memory comes in powers of two, up to twice of what is asked for.
             runtime: Any = torch.cuda.cudart()
             error = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
