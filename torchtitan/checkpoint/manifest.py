@@ -7,14 +7,15 @@ with a checksum of its own.
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 RECORD = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 BY_HAND = 1
 """Format of a record without files and checksums, as one writes to adopt another program's weights."""
 CHUNK = 1 << 20  # stays in the processor's cache
@@ -22,7 +23,9 @@ CHUNK = 1 << 20  # stays in the processor's cache
 Record = dict[str, Any]
 """format, kind, step, model shape, data cursor, configuration, versions, and `files`."""
 Segments = list[list[int]]
-"""[length, CRC-32] of each item of a file, which follow each other without gaps."""
+"""[length, XXH3 of 64 bits] of each item of a file, which follow each other without gaps.
+
+A CRC-32 takes as long as the writing; XXH3 (https://xxhash.com) a tenth of that."""
 Files = dict[str, Segments]
 
 
@@ -103,7 +106,7 @@ def check_file(folder: Path, name: str, segments: Segments) -> None:
         with open(folder / name, "rb", buffering=0) as file:
             position = 0
             for length, expected in segments:
-                if _crc32(file, length) != expected:
+                if _checksum(file, length) != expected:
                     raise DamagedCheckpointError(folder, f"{name} differs from its checksum behind byte {position:,}")
                 position += length
     except OSError as error:
@@ -114,7 +117,7 @@ def checksum_file(path: Path) -> Segments:
     """The one segment that a whole file is."""
     size = path.stat().st_size
     with open(path, "rb", buffering=0) as file:
-        return [[size, _crc32(file, size)]]
+        return [[size, _checksum(file, size)]]
 
 
 def offsets(segments: Segments) -> Iterator[tuple[int, int]]:
@@ -134,15 +137,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _crc32(file: FileIO, length: int) -> int:
-    checksum, buffer = 0, memoryview(bytearray(min(length, CHUNK)))
+def _checksum(file: FileIO, length: int) -> int:
+    checksum, buffer = xxhash.xxh3_64(), memoryview(bytearray(min(length, CHUNK)))
     while length > 0:
         count = file.readinto(buffer[:length])
         if not count:
             return -1
-        checksum = zlib.crc32(buffer[:count], checksum)
+        checksum.update(buffer[:count])
         length -= count
-    return checksum
+    return checksum.intdigest()
 
 
 def _own_checksum(head: bytes) -> str:

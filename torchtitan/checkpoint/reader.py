@@ -8,12 +8,12 @@ import io
 import os
 import pathlib
 import pickle
-import zlib
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
+import xxhash
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem, metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -93,7 +93,7 @@ class SafeReader(FileSystemReader):
             return super()._slice_file(file, sinfo)
         file.seek(sinfo.offset)
         content = file.read(sinfo.length)
-        if zlib.crc32(content) != self.checksums.get((sinfo.relative_path, sinfo.offset)):
+        if xxhash.xxh3_64_intdigest(content) != self.checksums.get((sinfo.relative_path, sinfo.offset)):
             raise DamagedCheckpointError(
                 Path(self.path), f"{sinfo.relative_path} differs from its checksum behind byte {sinfo.offset:,}"
             )

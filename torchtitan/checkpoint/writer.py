@@ -2,7 +2,6 @@
 
 import io
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+import xxhash
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
@@ -19,15 +19,15 @@ from torch.futures import Future
 
 from torchtitan.checkpoint.manifest import Files, checksum_file
 
-WORTH_A_THREAD = 1 << 20
-"""Bytes from which on a checksum is computed beside the writing."""
+PIECE = 1 << 17
+"""Bytes that are written and summed up at a time."""
 
 
 @dataclass(frozen=True)
 class CheckedResult(WriteResult):
     """DCP's account of a written item, and its checksum."""
 
-    crc32: int
+    checksum: int
 
 
 class CheckedWriter(FileSystemWriter):
@@ -47,14 +47,14 @@ class CheckedWriter(FileSystemWriter):
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
             with open(self.folder / name, "xb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-                stream = ChecksummingStream(file, beside)
+                stream = ChecksummingStream(file)
                 for item, content in _on_host(plan.items, planner):
                     offset = stream.position
-                    stream.checksum = 0
+                    stream.checksum.reset()
                     stream.take(content)
                     length = stream.position - offset
                     place = _StorageInfo(name, offset, length)
-                    results.append(CheckedResult(item.index, length, place, crc32=stream.checksum))
+                    results.append(CheckedResult(item.index, length, place, stream.checksum.intdigest()))
                     if hasattr(os, "posix_fadvise"):  # else the system begins to write to the disk when told to sync
                         beside.submit(os.posix_fadvise, file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
                 os.fsync(file.fileno())
@@ -75,7 +75,7 @@ class CheckedWriter(FileSystemWriter):
         files: Files = {}
         for result in written:
             assert isinstance(result, CheckedResult)
-            files.setdefault(result.storage_data.relative_path, []).append([result.size_in_bytes, result.crc32])
+            files.setdefault(result.storage_data.relative_path, []).append([result.size_in_bytes, result.checksum])
         for name, segments in files.items():
             size, expected = (self.folder / name).stat().st_size, sum(length for length, _ in segments)
             if size != expected:
@@ -86,11 +86,11 @@ class CheckedWriter(FileSystemWriter):
 
 
 class ChecksummingStream:
-    """A file that is written, and the CRC-32 of what has been written since `checksum` was last set."""
+    """A file that is written, and the checksum of what has been written since that was last reset."""
 
-    def __init__(self, file: BinaryIO | Any, beside: ThreadPoolExecutor) -> None:
-        self.file, self.beside = file, beside
-        self.position = self.checksum = 0
+    def __init__(self, file: BinaryIO | Any) -> None:
+        self.file = file
+        self.position, self.checksum = 0, xxhash.xxh3_64()
         self.error: OSError | None = None
 
     def take(self, content: torch.Tensor | io.BytesIO) -> None:
@@ -105,15 +105,12 @@ class ChecksummingStream:
             raise self.error or error from None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Writes all of `data`, bytes; large pieces are summed up while the system copies them."""
+        """Writes all of `data`, bytes; each piece is summed up while it is in the processor's cache."""
         view = memoryview(data).cast("B")
-        if view.nbytes >= WORTH_A_THREAD:
-            summing = self.beside.submit(zlib.crc32, view, self.checksum)
-            self._write_all(view)
-            self.checksum = summing.result()
-        else:
-            self._write_all(view)
-            self.checksum = zlib.crc32(view, self.checksum)
+        for start in range(0, view.nbytes, PIECE):
+            piece = view[start : start + PIECE]
+            self._write_all(piece)
+            self.checksum.update(piece)
         self.position += view.nbytes
         return view.nbytes
 
