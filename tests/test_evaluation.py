@@ -278,7 +278,7 @@ def test_weights_that_are_not_a_run_s(world: World, tmp_path: Path) -> None:
     config, model, optimizer = small_model(world, *argv[2:])
     train_a_little(model, optimizer)
     weights = whole(model_tensors(model))
-    Checkpointer(config, model).export(7)
+    Checkpointer(config, model).export(7, {})
     dcp.save({name.removeprefix("model."): t for name, t in weights.items()}, checkpoint_id=tmp_path / "old-weights")
     small = [*SMALL[2:], *argv]
     exported = str(tmp_path / "checkpoint/export/step-7")
