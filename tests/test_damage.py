@@ -10,9 +10,9 @@ import pytest
 
 from tests.checkpoints import read_checkpoint, resume, saved
 from tests.models import small_model
-from torchtitan.checkpoint import folders
+from torchtitan.checkpoint import folders, manifest
 from torchtitan.checkpoint.checkpointer import Checkpointer
-from torchtitan.checkpoint.manifest import DamagedCheckpointError, read_manifest
+from torchtitan.checkpoint.manifest import DamagedCheckpointError, OtherFormatError, read_manifest
 from torchtitan.checkpoint.verify import damage_of
 from torchtitan.distributed.world import World
 
@@ -66,6 +66,17 @@ def test_damage_is_named_and_refused_or_skipped(
         resumed_step(world, steps)
     assert resumed_step(world, steps, "--checkpoint.fall_back") == 1
     assert sorted(path.name for path in steps.iterdir()) == ["step-1", "step-2.damaged-1"]
+
+
+def test_another_version_s_checkpoint_is_not_damaged(
+    world: World, steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused, but not set aside: it may be good."""
+    monkeypatch.setattr(manifest, "FORMAT", 4)
+    with pytest.raises(OtherFormatError, match=r"step-2 was written in format 3, and this version .* format 4"):
+        resumed_step(world, steps, "--checkpoint.fall_back")
+    assert damage_of(steps / "step-2") == "of format 3, which this version cannot read"
+    assert sorted(path.name for path in steps.iterdir()) == ["step-1", "step-2"]
 
 
 def places(steps: Path) -> Iterator[tuple[Path, int]]:

@@ -9,7 +9,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from torchtitan.checkpoint.manifest import DamagedCheckpointError, Record, read_manifest, sync_folder, write_manifest
+from torchtitan.checkpoint.manifest import DamagedCheckpointError, OtherFormatError, Record, read_manifest, sync_folder, write_manifest
 from torchtitan.logging import logger
 
 TEMPORARY, REMOVED = ".tmp", ".removed"
@@ -36,7 +36,7 @@ def is_complete(folder: Path) -> bool:
     """Whether the folder holds a checkpoint with a valid manifest, and files of the sizes that it lists."""
     try:
         read_manifest(folder)
-    except DamagedCheckpointError:
+    except (DamagedCheckpointError, OtherFormatError):
         return False
     return True
 

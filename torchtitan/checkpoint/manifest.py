@@ -41,6 +41,21 @@ class DamagedCheckpointError(ValueError):
         return type(self), (self.folder, self.reason)
 
 
+class OtherFormatError(ValueError):
+    """A checkpoint of another version of this program: it may be good, but cannot be read here."""
+
+    def __init__(self, folder: Path, format: object) -> None:
+        super().__init__(
+            f"{folder} was written in format {format}, and this version reads and writes format {FORMAT}: go on with the "
+            "version that wrote it, or begin a new run from its weights, exported by that version"
+        )
+        self.folder, self.format = folder, format
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It travels between ranks."""
+        return type(self), (self.folder, self.format)
+
+
 def write_manifest(folder: Path, record: Record) -> None:
     """Writes the record to disk, and makes sure that it is there."""
     head = json.dumps({"format": FORMAT, **record}, indent=None, separators=(",\n ", ": "))[:-1]
@@ -57,6 +72,7 @@ def read_manifest(folder: Path) -> Record:
     Raises:
         DamagedCheckpointError: where the record is absent, is not as it was written, or where a file is absent or has
             another size.
+        OtherFormatError: where another version wrote it.
     """
     record = read_record(folder)
     if record is None:
@@ -76,7 +92,8 @@ def read_record(folder: Path) -> Record | None:
     """What a folder says of itself; None where it says nothing, as other programs' checkpoints.
 
     Raises:
-        DamagedCheckpointError: where the record is not as it was written, or of another format.
+        DamagedCheckpointError: where the record is not as it was written.
+        OtherFormatError: where another version wrote it.
     """
     path = folder / RECORD
     try:
@@ -92,7 +109,7 @@ def read_record(folder: Path) -> Record | None:
     if content != head + _own_checksum(head).encode():
         raise DamagedCheckpointError(folder, f"{RECORD} is not as it was written: its checksum is another")
     if record["format"] != FORMAT:
-        raise DamagedCheckpointError(folder, f"{RECORD} is of format {record['format']}, not {FORMAT}")
+        raise OtherFormatError(folder, record["format"])
     return record
 
 

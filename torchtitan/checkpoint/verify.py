@@ -13,7 +13,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from torchtitan.checkpoint import folders
-from torchtitan.checkpoint.manifest import RECORD, DamagedCheckpointError, check_file, read_manifest
+from torchtitan.checkpoint.manifest import RECORD, DamagedCheckpointError, OtherFormatError, check_file, read_manifest
 
 THREADS = 8
 """Files that are read at once."""
@@ -29,6 +29,8 @@ def damage_of(folder: Path, *, contents: bool = True) -> str | None:
                     pass
     except DamagedCheckpointError as error:
         return error.reason
+    except OtherFormatError as error:
+        return f"of format {error.format}, which this version cannot read"
     return None
 
 
