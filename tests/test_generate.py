@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,10 +17,11 @@ from tests.helpers import random_recordings, write_recordings, write_rows
 from tests.processes import run
 from torchtitan.config.schema import Training
 from torchtitan.data.index import load_index
-from torchtitan.data.recordings import open_recordings
+from torchtitan.data.recordings import ID_COLUMNS, open_recordings
 from torchtitan.distributed.world import World
 from torchtitan.generation.arguments import parse_generate
 from torchtitan.generation.output import SAMPLES, SUMMARY
+from torchtitan.generation.prompt import open_prompt
 from torchtitan.generation.run import generate
 
 Generate = Callable[..., Path]
@@ -87,6 +89,19 @@ def test_the_summary_says_what_was_done(generated: Generate, place: Path) -> Non
     assert prompt["mean_count_generated"] == np.mean(pq.read_table(folder / SAMPLES).to_pylist()[0]["spike_counts"])
     assert said["speed"]["tokens"] == 18
     assert said["speed"]["tokens_per_second"] == pytest.approx(18 / said["speed"]["decode_seconds"])
+
+
+def test_random_numbers_are_a_recordings_own(tmp_path: Path) -> None:
+    """The same row of other recordings has another key; the recording itself keeps it where it lies elsewhere."""
+    ids = {name: ["a", "b"] for name in ID_COLUMNS}
+    keys = {}
+    for name, source in (("one", "primate"), ("other", "rodent"), ("again", "primate")):
+        path = tmp_path / f"{name}.parquet"
+        columns = {"spike_counts": pa.array([[[1, 2]]] * 2, pa.list_(pa.list_(pa.uint8()))), **ids}
+        pq.write_table(pa.table({**columns, "source_dataset": [source] * 2, "session_id": ["s"] * 2}), path)
+        keys[name] = [open_prompt(f"{path}:{row}", None).key for row in (0, 1)]
+    assert keys["one"] == keys["again"]
+    assert len({*keys["one"], *keys["other"]}) == 4
 
 
 def test_the_prompt_takes_what_the_context_holds_beside_the_bins(generated: Generate) -> None:

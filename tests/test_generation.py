@@ -36,7 +36,7 @@ def run(
     samples: int = 1,
     context: int = 256,
 ) -> Generated:
-    """Continues recordings; their places in the list are their rows."""
+    """Continues recordings; their places in the list are their keys."""
     return continue_prompts(
         Decoder(model),
         [encode(prompt, VOCAB) for prompt in prompts],
@@ -107,7 +107,7 @@ def test_the_weights_of_a_decoder_are_the_models() -> None:
     assert {layer.qkv.untyped_storage().data_ptr() for layer in decoder.layers} <= own
 
 
-def test_a_sample_depends_on_its_seed_row_and_number_alone() -> None:
+def test_a_sample_depends_on_its_seed_recording_and_number_alone() -> None:
     model, prompts = build(SHAPE, 256), recordings()
     three = run(model, prompts, Sampling(seed=5), samples=3).counts
     one = run(model, prompts[:1], Sampling(seed=5), samples=1).counts
@@ -180,6 +180,13 @@ def test_counts_are_drawn_from_the_distribution(temperature: float, top_k: int |
     expected = naive_distribution(logits.numpy().astype(float), temperature, top_k, top_p)
     np.testing.assert_allclose(shares, expected, atol=2e-4)
     assert len(shares) == 7
+
+
+def test_a_temperature_next_to_zero_takes_the_most_likely_count() -> None:
+    logits = torch.tensor([[-3.0, 2.0, 1.0, 2.5, 9.0]])
+    for temperature in (1e-3, 1e-40, 5e-324):
+        for top_k in (None, 2):
+            assert Sampling(temperature, top_k).draw(logits, torch.tensor([0.999])).item() == 3, temperature
 
 
 def test_a_uniform_number_next_to_one_draws_no_count_that_is_left_out() -> None:

@@ -40,7 +40,7 @@ def continue_prompts(
     decoder: Decoder,
     prompts: list[Tokens],
     widths: list[int],
-    rows: list[int],
+    keys: list[int],
     *,
     bins: int,
     samples: int,
@@ -57,7 +57,7 @@ def continue_prompts(
         decoder: the model.
         prompts: tokens of whole bins, uint8 [tokens] each.
         widths: tokens of a bin of each.
-        rows: of the dataset: the random numbers depend on them.
+        keys: of the recordings, `Prompt.key`: the random numbers depend on them.
         bins: to generate.
         samples: of each prompt.
         sampling: how to draw.
@@ -67,7 +67,7 @@ def continue_prompts(
     each = [width for width in widths for _ in range(samples)]
     histories = [prompt for prompt in prompts for _ in range(samples)]
     starts = [len(history) for history in histories]
-    uniform_NT = uniforms(sampling.seed, rows, samples, bins * max(widths))
+    uniform_NT = uniforms(sampling.seed, keys, samples, bins * max(widths))
     contexts, shared, done, steps, prefills, prefill_seconds, decode_seconds = prompts, samples, 0, 0, 0, 0.0, 0.0
     with _progress(bins * max(widths)) as progress:
         while True:

@@ -1,6 +1,8 @@
 """The recordings that are continued."""
 
 import difflib
+import hashlib
+import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +40,12 @@ class Prompt:
     def width(self) -> int:
         """Tokens of a bin."""
         return self.counts.shape[0] + 1
+
+    @property
+    def key(self) -> int:
+        """A number of 64 bits that stands for the recording, by its identity and row, wherever its dataset lies."""
+        text = json.dumps([*(self.ids[name] for name in ID_COLUMNS), self.row])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def open_prompt(given: str, split: str | None) -> Prompt:

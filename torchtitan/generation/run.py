@@ -72,7 +72,7 @@ def generate(arguments: argparse.Namespace) -> Path:
             decoder,
             [encode(counts, source.shape.vocab_size) for counts in read],
             [prompt.width for prompt in prompts],
-            [prompt.row for prompt in prompts],
+            [prompt.key for prompt in prompts],
             bins=arguments.bins,
             samples=arguments.samples,
             sampling=sampling,
