@@ -11,7 +11,7 @@ from tests.test_model import SHAPE, build
 from torchtitan.data.tokens import Counts, bos_token, encode
 from torchtitan.generation import decode
 from torchtitan.generation.cache import Cache
-from torchtitan.generation.continuation import Generated, continue_prompts
+from torchtitan.generation.continuation import Generated, continue_prompts, groups
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.operations import PYTORCH
 from torchtitan.generation.sampling import Sampling, uniforms
@@ -35,13 +35,14 @@ def run(
     bins: int = 3,
     samples: int = 1,
     context: int = 256,
+    keys: list[int] | None = None,
 ) -> Generated:
-    """Continues recordings; their places in the list are their keys."""
+    """Continues recordings; where nothing else is said, their places in the list are their keys."""
     return continue_prompts(
         Decoder(model),
         [encode(prompt, VOCAB) for prompt in prompts],
         [len(prompt) + 1 for prompt in prompts],
-        list(range(len(prompts))),
+        keys or list(range(len(prompts))),
         bins=bins,
         samples=samples,
         sampling=sampling,
@@ -143,6 +144,17 @@ def test_past_the_context_the_newest_half_of_it_is_read_again() -> None:
     for sample in found.counts[0]:
         np.testing.assert_array_equal(sample, np.concatenate(expected, axis=1))
     assert found.prefills == 1 + 2 + 2 + 2
+
+
+def test_where_the_window_slides_a_sample_does_not_depend_on_the_prompts_beside_it() -> None:
+    """Of the five, two slide in step, two slide otherwise, and one fits."""
+    model, prompts = build(SHAPE, 256), recordings([(6, 5), (4, 9), (6, 5), (6, 3), (1, 4)])
+    together = run(model, prompts, Sampling(), bins=12, samples=2, context=60)
+    assert groups([7 * 5, 5 * 9, 7 * 5, 7 * 3, 2 * 4], [7, 5, 7, 7, 2], 12, 60) == [[0, 2], [1], [3], [4]]
+    assert together.steps == 12 * (7 + 5 + 7 + 2)
+    for place, prompt in enumerate(prompts):
+        alone = run(model, [prompt], Sampling(), bins=12, samples=2, context=60, keys=[place])
+        np.testing.assert_array_equal(np.stack(together.counts[place]), np.stack(alone.counts[0]))
 
 
 def naive_distribution(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:
