@@ -80,6 +80,9 @@ def test_the_summary_says_what_was_done(generated: Generate, place: Path) -> Non
     wanted = {"bins": 3, "samples": 1, "temperature": 0.5, "top_k": 9, "top_p": 0.8, "seed": 0}
     assert {key: said["settings"][key] for key in wanted} == wanted
     (prompt,) = said["prompts"]
+    recordings = open_recordings(Training(dataset_path=str(place / "data")), "test")
+    assert (prompt["recordings"], prompt["split"]) == (f"{place / 'data'}, split test", "test")
+    assert prompt["fingerprint"] == recordings.cache_key
     assert (prompt["neurons"], prompt["context_bins"], prompt["context_tokens"], prompt["recorded_bins"]) == (
         5,
         4,
@@ -160,8 +163,9 @@ def test_a_checkpoint_without_its_shape_needs_it_from_the_command_line(generated
         (["--prompt", "{data}/nothing:0"], "no such dataset, file or folder"),
         (
             ["--prompt", "{data}:0", "--split", "validation"],
-            'training.split = "validation": {data} has only train, test',
+            '--prompt {data}:0: --split = "validation": {data} has only train, test',
         ),
+        (["--prompt", "{run}:0"], '--prompt {run}:0: DATASET = "{run}": holds neither parquet files nor'),
         (["--prompt", "{data}:0", "--context_bins", "21"], "--context_bins 21: the recording of .* has 20 bins"),
         (["--prompt", "{data}:1", "--context_bins", "8"], "--context_bins 8 of them 64: .* trained with 64; at most 7"),
         (
@@ -180,13 +184,38 @@ def test_what_is_wrong_is_said_in_one_line(
     arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = str(place / "data")
-    given = [argument.replace("{data}", data) for argument in arguments]
+    *given, message = (
+        text.replace("{data}", data).replace("{run}", str(place / "run")) for text in (*arguments, message)
+    )
     argv = ["--checkpoint", str(place / "run/checkpoint"), "--bins", "3", "--no_plots", *given]
     argv += [] if "--prompt" in given else ["--prompt", f"{data}:0"]
-    with pytest.raises(ValueError, match=message.replace("{data}", data)) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         generate(parse_generate(argv))
     assert "\n" not in str(raised.value)
     assert not list((place / "run").glob("generation/*/*"))
+
+
+def test_without_a_split_it_is_test_else_train_and_what_is_wrong_with_that_is_said(tmp_path: Path) -> None:
+    pieces = {name: random_recordings([(3, bins)]) for name, bins in (("test", 4), ("train", 5), ("validation", 6))}
+    for names, bins in ((("test", "train"), 4), (("train", "validation"), 5)):
+        folder = write_recordings(tmp_path / names[0], {name: pieces[name] for name in names})
+        prompt = open_prompt(f"{folder}:0", None)
+        assert (prompt.split, prompt.counts.shape[1]) == (names[0], bins)
+    folder = write_recordings(tmp_path / "other", {"validation": pieces["validation"]})
+    with pytest.raises(ValueError, match="other has only validation: say which by --split"):
+        open_prompt(f"{folder}:0", None)
+    # A test split that cannot be used is no reason to take another.
+    broken = write_recordings(tmp_path / "broken", {name: pieces[name] for name in ("test", "train")})
+    for path in broken.rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns("session_id").replace_schema_metadata(), path)
+    with pytest.raises(ValueError, match="session_id"):
+        open_prompt(f"{broken}:0", None)
+
+
+def test_a_pile_that_is_not_there_is_named_by_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda repository: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(ValueError, match=r'^--prompt primate:0: DATASET = "primate": eminorhan/neural-pile-'):
+        open_prompt("primate:0", None)
 
 
 def test_a_malformed_row_is_not_a_prompt(place: Path, generated: Generate) -> None:

@@ -57,8 +57,9 @@ def generate(arguments: argparse.Namespace) -> Path:
     for prompt, bins, counts in zip(prompts, context, read, strict=True):
         clipped = int((counts > largest_count(source.shape.vocab_size)).sum())
         logger.info(
-            f"{prompt.given}: {len(counts)} neurons, the first {bins:,} of {prompt.counts.shape[1]:,} bins = "
-            f"{bins * prompt.width:,} tokens of the {source.trained_length:,} that the model was trained with"
+            f"{prompt.given} ({prompt.recordings}): {len(counts)} neurons, the first {bins:,} of "
+            f"{prompt.counts.shape[1]:,} bins = {bins * prompt.width:,} tokens of the {source.trained_length:,} that the "
+            "model was trained with"
             + (f"; {clipped:,} counts clipped below BOS" if clipped else "")
         )
     attention = choose_attention(arguments.attention, device, dtype)
@@ -140,6 +141,9 @@ def _described(one: Continued) -> dict[str, Any]:
     generated = np.stack(one.samples)
     return {
         "prompt": one.prompt.given,
+        "recordings": one.prompt.recordings,
+        "split": one.prompt.split,
+        "fingerprint": one.prompt.fingerprint,
         **one.prompt.ids,
         "neurons": read.shape[0],
         "context_bins": one.context_bins,
