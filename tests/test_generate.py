@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torchtitan.data.index import load_index
 from torchtitan.data.recordings import ID_COLUMNS, open_recordings
 from torchtitan.distributed.world import World
 from torchtitan.generation.arguments import parse_generate
-from torchtitan.generation.output import SAMPLES, SUMMARY
+from torchtitan.generation.output import SAMPLES, SUMMARY, labels, output_folder
 from torchtitan.generation.prompt import open_prompt
 from torchtitan.generation.run import generate
 
@@ -121,6 +122,27 @@ def test_a_second_generation_does_not_overwrite_the_first(generated: Generate, p
     assert generated("--output", str(place / "here")) == place / "here"
     with pytest.raises(ValueError, match="no empty folder; give a new one"):
         generated("--output", str(place / "here"))
+
+
+def test_generations_at_the_same_time_take_folders_of_their_own(place: Path) -> None:
+    prompts = [open_prompt(f"{place / 'data'}:0", None)]
+    checkpoint = place / "run/checkpoint/step-2"
+
+    def make(_: int) -> Path:
+        with output_folder(None, checkpoint, prompts) as folder:
+            (folder / "sample").touch(exist_ok=False)
+            return folder
+
+    with ThreadPoolExecutor(8) as pool:
+        made = set(pool.map(make, range(40)))
+    names = {"data-0", *(f"data-0.{number}" for number in range(2, 41))}
+    assert {folder.name for folder in made} == names
+
+
+def test_recordings_of_the_same_name_have_pictures_of_their_own(place: Path) -> None:
+    write_recordings(place / "other/data", {"test": random_recordings(ROWS)})
+    given = [f"{place / folder}:{row}" for folder, row in (("data", 0), ("other/data", 0), ("data", 1))]
+    assert labels([open_prompt(one, None) for one in given]) == ["data-0", "data-0.2", "data-1"]
 
 
 def test_a_sliding_window_goes_past_the_context(generated: Generate) -> None:

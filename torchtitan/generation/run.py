@@ -58,9 +58,8 @@ def generate(arguments: argparse.Namespace) -> Path:
         clipped = int((counts > largest_count(source.shape.vocab_size)).sum())
         logger.info(
             f"{prompt.given} ({prompt.recordings}): {len(counts)} neurons, the first {bins:,} of "
-            f"{prompt.counts.shape[1]:,} bins = {bins * prompt.width:,} tokens of the {source.trained_length:,} that the "
-            "model was trained with"
-            + (f"; {clipped:,} counts clipped below BOS" if clipped else "")
+            f"{prompt.counts.shape[1]:,} bins = {bins * prompt.width:,} tokens of the {source.trained_length:,} that "
+            "the model was trained with" + (f"; {clipped:,} counts clipped below BOS" if clipped else "")
         )
     attention = choose_attention(arguments.attention, device, dtype)
     with output_folder(arguments.output, checkpoint, prompts) as folder:
