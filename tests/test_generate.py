@@ -20,7 +20,10 @@ from torchtitan.config.schema import Training
 from torchtitan.data.index import load_index
 from torchtitan.data.recordings import ID_COLUMNS, open_recordings
 from torchtitan.distributed.world import World
+from torchtitan.generation import room
 from torchtitan.generation.arguments import parse_generate
+from torchtitan.generation.cache import Cache
+from torchtitan.generation.load import load_model, open_checkpoint
 from torchtitan.generation.output import SAMPLES, SUMMARY, labels, output_folder
 from torchtitan.generation.prompt import open_prompt
 from torchtitan.generation.run import generate
@@ -240,6 +243,34 @@ def test_a_pile_that_is_not_there_is_named_by_the_prompt(tmp_path: Path, monkeyp
         open_prompt("primate:0", None)
 
 
+def test_a_gpu_without_room_is_told_before_the_weights_are_read(
+    generated: Generate, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, length, steps = (
+        open_checkpoint(str(place / "run/checkpoint"), None, None)[1].shape,
+        6 * (CONTEXT // 6 - 3),
+        3 * 6,
+    )
+    needed = 4 * shape.num_params + Cache.nbytes(shape, [length], 2, steps, torch.float32)
+    needed += 4 * length * (3 * shape.dim + 2 * shape.dim + 4 * shape.ffn_dim)
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed)
+    generated("--samples", "2")
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr("torchtitan.generation.run.load_model", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"^the weights, and keys and values of 1 .* 2 samples .* take fewer prompts"):
+        generated("--samples", "2")
+
+
+def test_full_memory_is_one_line(generated: Generate, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of\n…")
+
+    monkeypatch.setattr("torchtitan.generation.run.load_model", full)
+    with pytest.raises(ValueError, match=r"memory is full \(CUDA .* allocate 2.00 GiB\): take fewer prompts, .* bins$"):
+        generated()
+    assert not list((place / "run").glob("generation/*/*"))
+
+
 def test_a_malformed_row_is_not_a_prompt(place: Path, generated: Generate) -> None:
     folder = write_rows(place / "ragged", {"test": [[[1, 2], [3, 4]], [[1, 2], [3]], [[1, 1], [0, 1]]]})
     with pytest.raises(ValueError, match="ragged:1: that row is ragged or empty"):
@@ -294,8 +325,6 @@ def test_a_vocabulary_that_is_smaller_clips_the_prompt(world: World, place: Path
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loaded_model_is_the_saved_one(dtype: str, place: Path) -> None:
-    from torchtitan.generation.load import load_model, open_checkpoint
-
     folder, source = open_checkpoint(str(place / "run/checkpoint"), None, None)
     model = load_model(source, torch.device("cpu"), getattr(torch, dtype))
     stored = read_checkpoint(folder)

@@ -9,9 +9,9 @@ import torch
 from tests.helpers import expected_tokens, random_recordings
 from tests.test_model import SHAPE, build
 from torchtitan.data.tokens import Counts, bos_token, encode
-from torchtitan.generation import decode
+from torchtitan.generation import decode, session
 from torchtitan.generation.cache import Cache
-from torchtitan.generation.continuation import Generated, continue_prompts, groups
+from torchtitan.generation.continuation import Generated, continue_prompts, groups, sessions
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.operations import PYTORCH
 from torchtitan.generation.sampling import Sampling, uniforms
@@ -155,6 +155,18 @@ def test_where_the_window_slides_a_sample_does_not_depend_on_the_prompts_beside_
     for place, prompt in enumerate(prompts):
         alone = run(model, [prompt], Sampling(), bins=12, samples=2, context=60, keys=[place])
         np.testing.assert_array_equal(np.stack(together.counts[place]), np.stack(alone.counts[0]))
+
+
+@pytest.mark.parametrize(("bins", "context"), [(3, 256), (12, 60), (30, 60)])
+def test_the_largest_sessions_are_known_beforehand(bins: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, seen = recordings([(6, 5), (4, 9), (6, 5), (6, 3)]), []
+    monkeypatch.setattr(session, "check_room", lambda shape, dtype, device, *asked: seen.append(asked))
+    run(build(SHAPE, 256), prompts, GREEDY, bins=bins, samples=2, context=context)
+    lengths, widths = [prompt.size + prompt.shape[1] for prompt in prompts], [len(prompt) + 1 for prompt in prompts]
+    known = list(sessions(lengths, widths, bins=bins, samples=2, context=context))
+    assert all(one in seen for one in known)
+    for sizes, samples, steps in seen:  # the last before the end may be shorter
+        assert any((sizes, samples) == one[:2] and steps <= one[2] for one in known)
 
 
 def naive_distribution(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:

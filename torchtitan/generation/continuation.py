@@ -60,6 +60,18 @@ def groups(lengths: list[int], widths: list[int], bins: int, context: int) -> li
     return list(found.values())
 
 
+def sessions(
+    lengths: list[int], widths: list[int], *, bins: int, samples: int, context: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """The largest sessions there will be: tokens of the prompts, samples of each, and tokens that they go on for."""
+    for group in groups(lengths, widths, bins, context):
+        longest, fitting = max(widths[place] for place in group), context // widths[group[0]]
+        first, *later = rounds(lengths[group[0]] // widths[group[0]], bins, fitting)
+        yield [lengths[place] for place in group], samples, first * longest
+        if later:
+            yield [kept(fitting) * longest] * (len(group) * samples), 1, later[0] * longest
+
+
 @torch.inference_mode()
 def continue_prompts(
     decoder: Decoder,
