@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.card import CardReadings
+from benchmarks.command import recorded
 from benchmarks.kernel_families import profile_step
 from torchtitan.data.tokens import bos_token
 from torchtitan.generation.arguments import ATTENTION
@@ -262,7 +262,7 @@ def main() -> None:
     headers += ["× floor", "× uncached"]
     print("\n" + tabulate([_row(result) for result in results], headers, floatfmt=".2f", missingval="–"))
     summary = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": recorded(["python", *sys.argv], arguments.json),
         "flavor": arguments.flavor,
         "context": arguments.context,
         "steps": arguments.steps,

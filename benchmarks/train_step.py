@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.card import CardReadings
+from benchmarks.command import recorded
 from benchmarks.kernel_families import profile_step
 from benchmarks.kernels import kernel_seconds
 from torchtitan.config import ConfigError, JobConfig, load_config
@@ -193,7 +193,7 @@ def main() -> None:
     step_seconds = measured["step_seconds"]
     peak = peak_flops(torch.cuda.get_device_name())
     result = {
-        "command": shlex.join(["torchrun", "--nproc_per_node", str(world.size), *sys.argv]),
+        "command": recorded(["torchrun", "--nproc_per_node", str(world.size), *sys.argv], arguments.json),
         "flavor": config.model.flavor,
         "n_layers": shape.n_layers,
         "seq_len": training.seq_len,

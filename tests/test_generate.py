@@ -3,9 +3,11 @@
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,10 +18,14 @@ from tests.helpers import random_recordings, write_recordings, write_rows
 from tests.processes import run
 from torchtitan.config.schema import Training
 from torchtitan.data.index import load_index
-from torchtitan.data.recordings import open_recordings
+from torchtitan.data.recordings import ID_COLUMNS, open_recordings
 from torchtitan.distributed.world import World
+from torchtitan.generation import room
 from torchtitan.generation.arguments import parse_generate
-from torchtitan.generation.output import SAMPLES, SUMMARY
+from torchtitan.generation.cache import Cache
+from torchtitan.generation.load import load_model, open_checkpoint
+from torchtitan.generation.output import SAMPLES, SUMMARY, labels, output_folder
+from torchtitan.generation.prompt import open_prompt
 from torchtitan.generation.run import generate
 
 Generate = Callable[..., Path]
@@ -78,6 +84,9 @@ def test_the_summary_says_what_was_done(generated: Generate, place: Path) -> Non
     wanted = {"bins": 3, "samples": 1, "temperature": 0.5, "top_k": 9, "top_p": 0.8, "seed": 0}
     assert {key: said["settings"][key] for key in wanted} == wanted
     (prompt,) = said["prompts"]
+    recordings = open_recordings(Training(dataset_path=str(place / "data")), "test")
+    assert (prompt["recordings"], prompt["split"]) == (f"{place / 'data'}, split test", "test")
+    assert prompt["fingerprint"] == recordings.cache_key
     assert (prompt["neurons"], prompt["context_bins"], prompt["context_tokens"], prompt["recorded_bins"]) == (
         5,
         4,
@@ -87,6 +96,19 @@ def test_the_summary_says_what_was_done(generated: Generate, place: Path) -> Non
     assert prompt["mean_count_generated"] == np.mean(pq.read_table(folder / SAMPLES).to_pylist()[0]["spike_counts"])
     assert said["speed"]["tokens"] == 18
     assert said["speed"]["tokens_per_second"] == pytest.approx(18 / said["speed"]["decode_seconds"])
+
+
+def test_random_numbers_are_a_recordings_own(tmp_path: Path) -> None:
+    """The same row of other recordings has another key; the recording itself keeps it where it lies elsewhere."""
+    ids = {name: ["a", "b"] for name in ID_COLUMNS}
+    keys = {}
+    for name, source in (("one", "primate"), ("other", "rodent"), ("again", "primate")):
+        path = tmp_path / f"{name}.parquet"
+        columns = {"spike_counts": pa.array([[[1, 2]]] * 2, pa.list_(pa.list_(pa.uint8()))), **ids}
+        pq.write_table(pa.table({**columns, "source_dataset": [source] * 2, "session_id": ["s"] * 2}), path)
+        keys[name] = [open_prompt(f"{path}:{row}", None).key for row in (0, 1)]
+    assert keys["one"] == keys["again"]
+    assert len({*keys["one"], *keys["other"]}) == 4
 
 
 def test_the_prompt_takes_what_the_context_holds_beside_the_bins(generated: Generate) -> None:
@@ -103,6 +125,27 @@ def test_a_second_generation_does_not_overwrite_the_first(generated: Generate, p
     assert generated("--output", str(place / "here")) == place / "here"
     with pytest.raises(ValueError, match="no empty folder; give a new one"):
         generated("--output", str(place / "here"))
+
+
+def test_generations_at_the_same_time_take_folders_of_their_own(place: Path) -> None:
+    prompts = [open_prompt(f"{place / 'data'}:0", None)]
+    checkpoint = place / "run/checkpoint/step-2"
+
+    def make(_: int) -> Path:
+        with output_folder(None, checkpoint, prompts) as folder:
+            (folder / "sample").touch(exist_ok=False)
+            return folder
+
+    with ThreadPoolExecutor(8) as pool:
+        made = set(pool.map(make, range(40)))
+    names = {"data-0", *(f"data-0.{number}" for number in range(2, 41))}
+    assert {folder.name for folder in made} == names
+
+
+def test_recordings_of_the_same_name_have_pictures_of_their_own(place: Path) -> None:
+    write_recordings(place / "other/data", {"test": random_recordings(ROWS)})
+    given = [f"{place / folder}:{row}" for folder, row in (("data", 0), ("other/data", 0), ("data", 1))]
+    assert labels([open_prompt(one, None) for one in given]) == ["data-0", "data-0.2", "data-1"]
 
 
 def test_a_sliding_window_goes_past_the_context(generated: Generate) -> None:
@@ -145,8 +188,9 @@ def test_a_checkpoint_without_its_shape_needs_it_from_the_command_line(generated
         (["--prompt", "{data}/nothing:0"], "no such dataset, file or folder"),
         (
             ["--prompt", "{data}:0", "--split", "validation"],
-            'training.split = "validation": {data} has only train, test',
+            '--prompt {data}:0: --split = "validation": {data} has only train, test',
         ),
+        (["--prompt", "{run}:0"], '--prompt {run}:0: DATASET = "{run}": holds neither parquet files nor'),
         (["--prompt", "{data}:0", "--context_bins", "21"], "--context_bins 21: the recording of .* has 20 bins"),
         (["--prompt", "{data}:1", "--context_bins", "8"], "--context_bins 8 of them 64: .* trained with 64; at most 7"),
         (
@@ -165,12 +209,65 @@ def test_what_is_wrong_is_said_in_one_line(
     arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = str(place / "data")
-    given = [argument.replace("{data}", data) for argument in arguments]
+    *given, message = (
+        text.replace("{data}", data).replace("{run}", str(place / "run")) for text in (*arguments, message)
+    )
     argv = ["--checkpoint", str(place / "run/checkpoint"), "--bins", "3", "--no_plots", *given]
     argv += [] if "--prompt" in given else ["--prompt", f"{data}:0"]
-    with pytest.raises(ValueError, match=message.replace("{data}", data)) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         generate(parse_generate(argv))
     assert "\n" not in str(raised.value)
+    assert not list((place / "run").glob("generation/*/*"))
+
+
+def test_without_a_split_it_is_test_else_train_and_what_is_wrong_with_that_is_said(tmp_path: Path) -> None:
+    pieces = {name: random_recordings([(3, bins)]) for name, bins in (("test", 4), ("train", 5), ("validation", 6))}
+    for names, bins in ((("test", "train"), 4), (("train", "validation"), 5)):
+        folder = write_recordings(tmp_path / names[0], {name: pieces[name] for name in names})
+        prompt = open_prompt(f"{folder}:0", None)
+        assert (prompt.split, prompt.counts.shape[1]) == (names[0], bins)
+    folder = write_recordings(tmp_path / "other", {"validation": pieces["validation"]})
+    with pytest.raises(ValueError, match="other has only validation: say which by --split"):
+        open_prompt(f"{folder}:0", None)
+    # A test split that cannot be used is no reason to take another.
+    broken = write_recordings(tmp_path / "broken", {name: pieces[name] for name in ("test", "train")})
+    for path in broken.rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns("session_id").replace_schema_metadata(), path)
+    with pytest.raises(ValueError, match="session_id"):
+        open_prompt(f"{broken}:0", None)
+
+
+def test_a_pile_that_is_not_there_is_named_by_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda repository: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(ValueError, match=r'^--prompt primate:0: DATASET = "primate": eminorhan/neural-pile-'):
+        open_prompt("primate:0", None)
+
+
+def test_a_gpu_without_room_is_told_before_the_weights_are_read(
+    generated: Generate, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, length, steps = (
+        open_checkpoint(str(place / "run/checkpoint"), None, None)[1].shape,
+        6 * (CONTEXT // 6 - 3),
+        3 * 6,
+    )
+    needed = 4 * shape.num_params + Cache.nbytes(shape, [length], 2, steps, torch.float32)
+    needed += 4 * length * (3 * shape.dim + 2 * shape.dim + 4 * shape.ffn_dim)
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed)
+    generated("--samples", "2")
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr("torchtitan.generation.run.load_model", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"^the weights, and keys and values of 1 .* 2 samples .* take fewer prompts"):
+        generated("--samples", "2")
+
+
+def test_full_memory_is_one_line(generated: Generate, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of\n…")
+
+    monkeypatch.setattr("torchtitan.generation.run.load_model", full)
+    with pytest.raises(ValueError, match=r"memory is full \(CUDA .* allocate 2.00 GiB\): take fewer prompts, .* bins$"):
+        generated()
     assert not list((place / "run").glob("generation/*/*"))
 
 
@@ -228,8 +325,6 @@ def test_a_vocabulary_that_is_smaller_clips_the_prompt(world: World, place: Path
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loaded_model_is_the_saved_one(dtype: str, place: Path) -> None:
-    from torchtitan.generation.load import load_model, open_checkpoint
-
     folder, source = open_checkpoint(str(place / "run/checkpoint"), None, None)
     model = load_model(source, torch.device("cpu"), getattr(torch, dtype))
     stored = read_checkpoint(folder)

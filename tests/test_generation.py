@@ -9,9 +9,9 @@ import torch
 from tests.helpers import expected_tokens, random_recordings
 from tests.test_model import SHAPE, build
 from torchtitan.data.tokens import Counts, bos_token, encode
-from torchtitan.generation import decode
+from torchtitan.generation import decode, session
 from torchtitan.generation.cache import Cache
-from torchtitan.generation.continuation import Generated, continue_prompts
+from torchtitan.generation.continuation import Generated, continue_prompts, groups, sessions
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.operations import PYTORCH
 from torchtitan.generation.sampling import Sampling, uniforms
@@ -35,13 +35,14 @@ def run(
     bins: int = 3,
     samples: int = 1,
     context: int = 256,
+    keys: list[int] | None = None,
 ) -> Generated:
-    """Continues recordings; their places in the list are their rows."""
+    """Continues recordings; where nothing else is said, their places in the list are their keys."""
     return continue_prompts(
         Decoder(model),
         [encode(prompt, VOCAB) for prompt in prompts],
         [len(prompt) + 1 for prompt in prompts],
-        list(range(len(prompts))),
+        keys or list(range(len(prompts))),
         bins=bins,
         samples=samples,
         sampling=sampling,
@@ -107,7 +108,7 @@ def test_the_weights_of_a_decoder_are_the_models() -> None:
     assert {layer.qkv.untyped_storage().data_ptr() for layer in decoder.layers} <= own
 
 
-def test_a_sample_depends_on_its_seed_row_and_number_alone() -> None:
+def test_a_sample_depends_on_its_seed_recording_and_number_alone() -> None:
     model, prompts = build(SHAPE, 256), recordings()
     three = run(model, prompts, Sampling(seed=5), samples=3).counts
     one = run(model, prompts[:1], Sampling(seed=5), samples=1).counts
@@ -145,6 +146,29 @@ def test_past_the_context_the_newest_half_of_it_is_read_again() -> None:
     assert found.prefills == 1 + 2 + 2 + 2
 
 
+def test_where_the_window_slides_a_sample_does_not_depend_on_the_prompts_beside_it() -> None:
+    """Of the five, two slide in step, two slide otherwise, and one fits."""
+    model, prompts = build(SHAPE, 256), recordings([(6, 5), (4, 9), (6, 5), (6, 3), (1, 4)])
+    together = run(model, prompts, Sampling(), bins=12, samples=2, context=60)
+    assert groups([7 * 5, 5 * 9, 7 * 5, 7 * 3, 2 * 4], [7, 5, 7, 7, 2], 12, 60) == [[0, 2], [1], [3], [4]]
+    assert together.steps == 12 * (7 + 5 + 7 + 2)
+    for place, prompt in enumerate(prompts):
+        alone = run(model, [prompt], Sampling(), bins=12, samples=2, context=60, keys=[place])
+        np.testing.assert_array_equal(np.stack(together.counts[place]), np.stack(alone.counts[0]))
+
+
+@pytest.mark.parametrize(("bins", "context"), [(3, 256), (12, 60), (30, 60)])
+def test_the_largest_sessions_are_known_beforehand(bins: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, seen = recordings([(6, 5), (4, 9), (6, 5), (6, 3)]), []
+    monkeypatch.setattr(session, "check_room", lambda shape, dtype, device, *asked: seen.append(asked))
+    run(build(SHAPE, 256), prompts, GREEDY, bins=bins, samples=2, context=context)
+    lengths, widths = [prompt.size + prompt.shape[1] for prompt in prompts], [len(prompt) + 1 for prompt in prompts]
+    known = list(sessions(lengths, widths, bins=bins, samples=2, context=context))
+    assert all(one in seen for one in known)
+    for sizes, samples, steps in seen:  # the last before the end may be shorter
+        assert any((sizes, samples) == one[:2] and steps <= one[2] for one in known)
+
+
 def naive_distribution(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:
     """What the words of `Sampling` say, one count after another."""
     weights = np.exp(logits[:-1] / temperature)
@@ -180,6 +204,13 @@ def test_counts_are_drawn_from_the_distribution(temperature: float, top_k: int |
     expected = naive_distribution(logits.numpy().astype(float), temperature, top_k, top_p)
     np.testing.assert_allclose(shares, expected, atol=2e-4)
     assert len(shares) == 7
+
+
+def test_a_temperature_next_to_zero_takes_the_most_likely_count() -> None:
+    logits = torch.tensor([[-3.0, 2.0, 1.0, 2.5, 9.0]])
+    for temperature in (1e-3, 1e-40, 5e-324):
+        for top_k in (None, 2):
+            assert Sampling(temperature, top_k).draw(logits, torch.tensor([0.999])).item() == 3, temperature
 
 
 def test_a_uniform_number_next_to_one_draws_no_count_that_is_left_out() -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,43 +116,60 @@ def open_recordings(training: Training, split: str | None = None, named: str = "
         ValueError: where they are not there, lack a column, have one of another type, or have no such split, which
             is then told by the name of the setting that has given it.
     """
-    # Compute nodes have no network; without this the library would wait for it, or fetch a whole pile on every node.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import datasets
-
-    datasets.disable_progress_bars()
-    splits, origin = _load_path(training.dataset_path) if training.dataset_path else _load_pile(str(training.dataset))
+    path, pile = training.dataset_path, str(training.dataset)
+    found = load_path(path, "training.dataset_path") if path else load_pile(pile, "training.dataset")
     wanted = split or training.split
-    if wanted not in splits:
-        raise ValueError(f'{named} = "{wanted}": {origin} has only {", ".join(splits)}')
-    dataset = splits[wanted]
-    _check_columns(dataset, origin)
-    others = ", ".join(f"{name} ({len(rows):,} rows)" for name, rows in splits.items() if name != wanted)
+    recordings = found.recordings(wanted, named)
+    others = ", ".join(f"{name} ({len(rows):,} rows)" for name, rows in found.splits.items() if name != wanted)
     if others and split is None:
-        logger.info(f"{origin} has further splits, which are not used here: {others}")
-    return Recordings(dataset, f"{origin}, split {wanted}")
+        logger.info(f"{found.origin} has further splits, which are not used here: {others}")
+    return recordings
 
 
-def _load_pile(name: str) -> tuple[dict[str, "datasets.Dataset"], str]:
+@dataclass(frozen=True)
+class Found:
+    """A dataset with all of its splits.
+
+    Attributes:
+        splits: by name.
+        origin: its repository or path.
+    """
+
+    splits: dict[str, "datasets.Dataset"]
+    origin: str
+
+    def recordings(self, split: str, named: str) -> Recordings:
+        """Those of a split that the setting `named` has given; raises ValueError as `open_recordings`."""
+        if split not in self.splits:
+            raise ValueError(f'{named} = "{split}": {self.origin} has only {", ".join(self.splits)}')
+        _check_columns(self.splits[split], self.origin)
+        return Recordings(self.splits[split], f"{self.origin}, split {split}")
+
+
+def load_pile(name: str, named: str) -> Found:
+    """One of `HUB_DATASETS` from the cache; raises ValueError, by the setting `named`, where it is not there."""
+    _stay_offline()
     import datasets.config
 
     repository = HUB_DATASETS[name]
     try:
-        return {str(split): rows for split, rows in datasets.load_dataset(repository).items()}, repository
+        return Found({str(split): rows for split, rows in datasets.load_dataset(repository).items()}, repository)
     except (OSError, ValueError) as error:  # offline and absent: ConnectionError or FileNotFoundError, both OSError
         fill = f"HF_HUB_OFFLINE=0 python -c \"import datasets; datasets.load_dataset('{repository}')\""
         raise ValueError(
-            f'training.dataset = "{name}": {repository} is not in the cache {datasets.config.HF_DATASETS_CACHE}; '
+            f'{named} = "{name}": {repository} is not in the cache {datasets.config.HF_DATASETS_CACHE}; '
             f"fill it on a machine with network by\n  {fill}\nor set HF_HOME to the folder that holds it"
             f" ({type(error).__name__}: {_reason(error)})"
         ) from error
 
 
-def _load_path(given: str) -> tuple[dict[str, "datasets.Dataset"], str]:
+def load_path(given: str, named: str) -> Found:
+    """Parquet files or a saved dataset; raises ValueError, by the setting `named`, where they cannot be read."""
+    _stay_offline()
     import datasets.exceptions
 
     path = Path(given).expanduser()
-    problem = f'training.dataset_path = "{given}"'
+    problem = f'{named} = "{given}"'
     if not path.exists():
         raise ValueError(f"{problem}: no such file or folder")
     try:
@@ -168,7 +186,15 @@ def _load_path(given: str) -> tuple[dict[str, "datasets.Dataset"], str]:
     except IndexError as error:  # what load_from_disk makes of a split without rows
         raise ValueError(f"{problem}: a split of it has no rows") from error
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    return {str(split): rows for split, rows in splits.items()}, str(path)
+    return Found({str(split): rows for split, rows in splits.items()}, str(path))
+
+
+def _stay_offline() -> None:
+    """Compute nodes have no network: the library would wait for it, or fetch a whole pile on every node."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
 
 
 def _parquet_files(folder: str) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ class Generated:
 
     Attributes:
         counts: of each prompt each sample's, uint8 [neurons, bins].
-        steps: tokens of each sequence, of the one with the most neurons.
+        steps: tokens one after another: of the sequence with the most neurons, of all groups that went on in turn.
         prefills: prompts that were read in; more than there are where the window slid.
         prefill_seconds, decode_seconds: for reading them in, and for the steps.
     """
@@ -35,12 +35,49 @@ class Generated:
     decode_seconds: float
 
 
+def rounds(read: int, bins: int, fitting: int) -> list[int]:
+    """Bins to generate before and after each time that the window slides, where `read` of the `fitting` are taken."""
+    made = [min(bins, fitting - read)]
+    while sum(made) < bins:
+        made.append(min(bins - sum(made), fitting - kept(fitting)))
+    return made
+
+
+def kept(fitting: int) -> int:
+    """Bins that a full window goes on with."""
+    return max(1, fitting // 2)
+
+
+def groups(lengths: list[int], widths: list[int], bins: int, context: int) -> list[list[int]]:
+    """Places of the prompts that go on beside each other: those that fit, and those whose windows slide in step.
+
+    So what comes of a prompt does not depend on the others. `lengths`: tokens of each; else as `continue_prompts`.
+    """
+    found: dict[tuple[int, int] | None, list[int]] = {}
+    for place, (length, width) in enumerate(zip(lengths, widths, strict=True)):
+        slides = len(rounds(length // width, bins, context // width)) > 1
+        found.setdefault((length, width) if slides else None, []).append(place)
+    return list(found.values())
+
+
+def sessions(
+    lengths: list[int], widths: list[int], *, bins: int, samples: int, context: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """The largest sessions there will be: tokens of the prompts, samples of each, and tokens that they go on for."""
+    for group in groups(lengths, widths, bins, context):
+        longest, fitting = max(widths[place] for place in group), context // widths[group[0]]
+        first, *later = rounds(lengths[group[0]] // widths[group[0]], bins, fitting)
+        yield [lengths[place] for place in group], samples, first * longest
+        if later:
+            yield [kept(fitting) * longest] * (len(group) * samples), 1, later[0] * longest
+
+
 @torch.inference_mode()
 def continue_prompts(
     decoder: Decoder,
     prompts: list[Tokens],
     widths: list[int],
-    rows: list[int],
+    keys: list[int],
     *,
     bins: int,
     samples: int,
@@ -57,43 +94,41 @@ def continue_prompts(
         decoder: the model.
         prompts: tokens of whole bins, uint8 [tokens] each.
         widths: tokens of a bin of each.
-        rows: of the dataset: the random numbers depend on them.
+        keys: of the recordings, `Prompt.key`: the random numbers depend on them.
         bins: to generate.
         samples: of each prompt.
         sampling: how to draw.
         context: most tokens that the model may look at.
         attention: see `choose_attention`.
     """
-    each = [width for width in widths for _ in range(samples)]
-    histories = [prompt for prompt in prompts for _ in range(samples)]
-    starts = [len(history) for history in histories]
-    uniform_NT = uniforms(sampling.seed, rows, samples, bins * max(widths))
-    contexts, shared, done, steps, prefills, prefill_seconds, decode_seconds = prompts, samples, 0, 0, 0, 0.0, 0.0
-    with _progress(bins * max(widths)) as progress:
-        while True:
-            room = min(context // w - len(tokens) // w for tokens, w in zip(contexts, each[::shared], strict=True))
-            ending = min(bins, done + room)
-            length = (ending - done) * max(each)
-            drawn = np.stack([row[done * w :][:length] for row, w in zip(uniform_NT, each, strict=True)])
-            continuations = Continuations(sampling, decoder.shape.vocab_size, each, drawn, decoder.device)
-            inputs = [torch.from_numpy(tokens).long() for tokens in contexts]
-            session = Session(decoder, inputs, shared, continuations, attention)
-            session.run(length, progress)
-            new = continuations.tokens_NT.to(torch.uint8).cpu().numpy()
-            histories = [np.append(h, t[: (ending - done) * w]) for h, t, w in zip(histories, new, each, strict=True)]
-            done, steps, prefills = ending, steps + length, prefills + len(contexts)
-            prefill_seconds += session.prefill_seconds
-            decode_seconds += session.decode_seconds
-            if done == bins:
-                break
-            del session  # its cache makes room for the next one's
-            contexts = [h[-max(1, context // w // 2) * w :] for h, w in zip(histories, each, strict=True)]
-            shared = 1
-    vocab_size = decoder.shape.vocab_size
-    ends = zip(histories, starts, each, strict=True)
-    counts = [decode(history[start:], width - 1, vocab_size) for history, start, width in ends]
-    grouped = [counts[first : first + samples] for first in range(0, len(counts), samples)]
-    return Generated(grouped, steps, prefills, prefill_seconds, decode_seconds)
+    counts: list[list[Counts]] = [[] for _ in prompts]
+    steps, prefills, prefill_seconds, decode_seconds = 0, 0, 0.0, 0.0
+    together = groups([len(prompt) for prompt in prompts], widths, bins, context)
+    with _progress(sum(bins * max(widths[place] for place in group) for group in together)) as progress:
+        for group in together:
+            each = [widths[place] for place in group for _ in range(samples)]
+            histories = [prompts[place] for place in group for _ in range(samples)]
+            uniform_NT = uniforms(sampling.seed, [keys[place] for place in group], samples, bins * max(each))
+            contexts, shared, done = [prompts[place] for place in group], samples, 0
+            for more in rounds(len(contexts[0]) // each[0], bins, context // each[0]):
+                length = more * max(each)
+                drawn = np.stack([row[done * w :][:length] for row, w in zip(uniform_NT, each, strict=True)])
+                continuations = Continuations(sampling, decoder.shape.vocab_size, each, drawn, decoder.device)
+                inputs = [torch.from_numpy(tokens).long() for tokens in contexts]
+                session = Session(decoder, inputs, shared, continuations, attention)
+                session.run(length, progress)
+                new = continuations.tokens_NT.to(torch.uint8).cpu().numpy()
+                histories = [np.append(h, t[: more * w]) for h, t, w in zip(histories, new, each, strict=True)]
+                done, steps, prefills = done + more, steps + length, prefills + len(contexts)
+                prefill_seconds += session.prefill_seconds
+                decode_seconds += session.decode_seconds
+                del session  # its cache makes room for the next one's
+                contexts = [h[-kept(context // w) * w :] for h, w in zip(histories, each, strict=True)]
+                shared = 1
+            for number, (history, width) in enumerate(zip(histories, each, strict=True)):
+                new = history[-bins * width :]
+                counts[group[number // samples]].append(decode(new, width - 1, decoder.shape.vocab_size))
+    return Generated(counts, steps, prefills, prefill_seconds, decode_seconds)
 
 
 @contextmanager

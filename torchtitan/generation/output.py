@@ -1,5 +1,6 @@
 """What is kept of a generation: samples as data, a summary, pictures."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -49,21 +50,17 @@ def output_folder(given: str | None, checkpoint: Path, prompts: Sequence[Prompt]
     Raises:
         ValueError: where the given one is in use, or cannot be made.
     """
-    if given is None:
-        run = next((f for f in checkpoint.parents if (f / "config.toml").is_file()), checkpoint.parent)
-        name = "+".join(labels(prompts))[:100]
-        folder = run / "generation" / checkpoint.name / name
-        number = 2
-        while folder.exists():
-            folder, number = folder.with_name(f"{name}.{number}"), number + 1
-    else:
-        folder = Path(given).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--output {given}: it exists already, and is no empty folder; give a new one")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if given is None:
+            run = next((f for f in checkpoint.parents if (f / "config.toml").is_file()), checkpoint.parent)
+            folder = _make_new(run / "generation" / checkpoint.name, "+".join(labels(prompts))[:100])
+        else:
+            folder = Path(given).expanduser()
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(f"--output {given}: it exists already, and is no empty folder; give a new one")
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {folder}: it cannot be made: {error.strerror}") from error
+        raise ValueError(f"--output {error.filename}: it cannot be made: {error.strerror}") from error
     try:
         yield folder
     finally:
@@ -72,8 +69,28 @@ def output_folder(given: str | None, checkpoint: Path, prompts: Sequence[Prompt]
 
 
 def labels(prompts: Sequence[Prompt]) -> list[str]:
-    """A name for each prompt that files can have: dataset and row."""
-    return [f"{Path(prompt.given.rpartition(':')[0]).stem}-{prompt.row}" for prompt in prompts]
+    """A name for each prompt that files can have: dataset and row, and a number where another has these too."""
+    names: list[str] = []
+    for prompt in prompts:
+        name = f"{Path(prompt.given.rpartition(':')[0]).stem}-{prompt.row}"
+        names.append(next(free for free in _numbered(name) if free not in names))
+    return names
+
+
+def _make_new(parent: Path, name: str) -> Path:
+    """Makes a folder of that name, or with a number behind it where there is one, also one made just now."""
+    parent.mkdir(parents=True, exist_ok=True)
+    names = _numbered(name)
+    while True:
+        folder = parent / next(names)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The name, then the name with a number, from 2 on."""
+    return itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
 
 
 def write_samples(path: Path, continued: Sequence[Continued]) -> None:

@@ -1,17 +1,17 @@
 """The recordings that are continued."""
 
 import difflib
+import hashlib
+import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from torchtitan.config.schema import Training
 from torchtitan.data.index import RecordingIndex, load_index
-from torchtitan.data.recordings import HUB_DATASETS, ID_COLUMNS, Recordings, open_recordings
+from torchtitan.data.recordings import HUB_DATASETS, ID_COLUMNS, Recordings, load_path, load_pile
 from torchtitan.data.tokens import Counts
 
 DEFAULT_SPLITS = ("test", "train")
@@ -27,17 +27,29 @@ class Prompt:
         row: of the dataset.
         counts: of the whole recording, uint8 [neurons, bins], a view.
         ids: its identity columns.
+        recordings: those that it is one of, `Recordings.description`.
+        split: the dataset's that it is of.
+        fingerprint: of the split, `Recordings.cache_key`.
     """
 
     given: str
     row: int
     counts: Counts
     ids: dict[str, str]
+    recordings: str
+    split: str
+    fingerprint: str
 
     @property
     def width(self) -> int:
         """Tokens of a bin."""
         return self.counts.shape[0] + 1
+
+    @property
+    def key(self) -> int:
+        """A number of 64 bits that stands for the recording, by its identity and row, wherever its dataset lies."""
+        text = json.dumps([*(self.ids[name] for name in ID_COLUMNS), self.row])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def open_prompt(given: str, split: str | None) -> Prompt:
@@ -51,7 +63,7 @@ def open_prompt(given: str, split: str | None) -> Prompt:
         raise ValueError(f"--prompt {given}: not DATASET:ROW, as in primate:12 or recordings.parquet:0")
     row = int(text)
     try:
-        recordings, index = _open(dataset, split)
+        recordings, index, split = _open(dataset, split)
     except ValueError as error:
         raise ValueError(f"--prompt {given}: {error}") from error
     if row >= len(recordings):
@@ -63,24 +75,24 @@ def open_prompt(given: str, split: str | None) -> Prompt:
         raise ValueError(f"--prompt {given}: that row is ragged or empty; take another")
     counts = recordings.spike_counts(row, int(index.neurons[place]), int(index.bins[place]))
     ids = {name: recordings.dataset.data.column(name)[row].as_py() for name in ID_COLUMNS}
-    return Prompt(given, row, counts, ids)
+    return Prompt(given, row, counts, ids, recordings.description, split, recordings.cache_key)
 
 
 @cache
-def _open(dataset: str, split: str | None) -> tuple[Recordings, RecordingIndex]:
+def _open(dataset: str, split: str | None) -> tuple[Recordings, RecordingIndex, str]:
+    """The recordings, which of them are well-formed, and the split that they are of."""
     named = dataset in HUB_DATASETS
     if not named and not Path(dataset).expanduser().exists():
         near = difflib.get_close_matches(dataset, HUB_DATASETS, n=1)
         known = f"did you mean {near[0]}?" if near else f"a dataset is {', '.join(HUB_DATASETS)} or a path"
         raise ValueError(f"no such dataset, file or folder: {dataset}; {known}")
-    chosen = {"dataset": dataset} if named else {"dataset_path": dataset}
-    splits = (split,) if split else DEFAULT_SPLITS
-    recordings = None
-    for candidate in splits[:-1]:
-        with suppress(ValueError):
-            recordings = recordings or open_recordings(Training.model_validate({**chosen, "split": candidate}))
-    recordings = recordings or open_recordings(Training.model_validate({**chosen, "split": splits[-1]}))
-    return recordings, load_index(recordings, "skip")
+    found = load_pile(dataset, "DATASET") if named else load_path(dataset, "DATASET")
+    if split is None:
+        split = next((name for name in DEFAULT_SPLITS if name in found.splits), None)
+        if split is None:
+            raise ValueError(f"{found.origin} has only {', '.join(found.splits)}: say which by --split")
+    recordings = found.recordings(split, "--split")
+    return recordings, load_index(recordings, "skip"), split
 
 
 def context_bins(prompt: Prompt, asked: int | None, bins: int, trained: int, *, sliding: bool) -> int:

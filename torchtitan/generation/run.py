@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torchtitan.convert.weights import DTYPES, Source
 from torchtitan.data.tokens import encode, largest_count
 from torchtitan.generation.choose import choose_attention
-from torchtitan.generation.continuation import Generated, continue_prompts
+from torchtitan.generation.continuation import Generated, continue_prompts, sessions
 from torchtitan.generation.decode import Decoder
 from torchtitan.generation.floor import bandwidth, bytes_per_step
 from torchtitan.generation.load import load_model, open_checkpoint
@@ -28,6 +28,7 @@ from torchtitan.generation.output import (
     write_summary,
 )
 from torchtitan.generation.prompt import context_bins, open_prompt
+from torchtitan.generation.room import check_room, full_memory_told
 from torchtitan.generation.sampling import Sampling
 from torchtitan.logging import logger
 
@@ -57,12 +58,17 @@ def generate(arguments: argparse.Namespace) -> Path:
     for prompt, bins, counts in zip(prompts, context, read, strict=True):
         clipped = int((counts > largest_count(source.shape.vocab_size)).sum())
         logger.info(
-            f"{prompt.given}: {len(counts)} neurons, the first {bins:,} of {prompt.counts.shape[1]:,} bins = "
-            f"{bins * prompt.width:,} tokens of the {source.trained_length:,} that the model was trained with"
-            + (f"; {clipped:,} counts clipped below BOS" if clipped else "")
+            f"{prompt.given} ({prompt.recordings}): {len(counts)} neurons, the first {bins:,} of "
+            f"{prompt.counts.shape[1]:,} bins = {bins * prompt.width:,} tokens of the {source.trained_length:,} that "
+            "the model was trained with" + (f"; {clipped:,} counts clipped below BOS" if clipped else "")
         )
     attention = choose_attention(arguments.attention, device, dtype)
-    with output_folder(arguments.output, checkpoint, prompts) as folder:
+    widths = [prompt.width for prompt in prompts]
+    lengths = [bins * width for bins, width in zip(context, widths, strict=True)]
+    extent = {"bins": arguments.bins, "samples": arguments.samples, "context": source.trained_length}
+    for session in sessions(lengths, widths, **extent):
+        check_room(source.shape, dtype, device, *session, weights=True)
+    with output_folder(arguments.output, checkpoint, prompts) as folder, full_memory_told():
         decoder = Decoder(load_model(source, device, dtype))
         logger.info(
             f"{checkpoint}: {source.shape.num_params:,} parameters in {_name(dtype)} on {_card(device)}; attention: "
@@ -71,13 +77,11 @@ def generate(arguments: argparse.Namespace) -> Path:
         generated = continue_prompts(
             decoder,
             [encode(counts, source.shape.vocab_size) for counts in read],
-            [prompt.width for prompt in prompts],
-            [prompt.row for prompt in prompts],
-            bins=arguments.bins,
-            samples=arguments.samples,
+            widths,
+            [prompt.key for prompt in prompts],
             sampling=sampling,
-            context=source.trained_length,
             attention=attention,
+            **extent,
         )
         continued = [Continued(*one) for one in zip(prompts, context, generated.counts, strict=True)]
         write_samples(folder / SAMPLES, continued)
@@ -140,6 +144,9 @@ def _described(one: Continued) -> dict[str, Any]:
     generated = np.stack(one.samples)
     return {
         "prompt": one.prompt.given,
+        "recordings": one.prompt.recordings,
+        "split": one.prompt.split,
+        "fingerprint": one.prompt.fingerprint,
         **one.prompt.ids,
         "neurons": read.shape[0],
         "context_bins": one.context_bins,

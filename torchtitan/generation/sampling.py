@@ -35,8 +35,10 @@ class Sampling:
         logits = logits_NV[:, :-1].float()
         if self.temperature == 0:
             return logits.argmax(-1)
-        ranked, counts = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
-        probabilities = ranked[:, : self.top_k].softmax(-1)
+        ranked, counts = logits.sort(dim=-1, descending=True, stable=True)
+        # Below the largest, and by a number whose reciprocal is finite: no temperature is too small.
+        below = ranked[:, : self.top_k] - ranked[:, :1]
+        probabilities = (below / max(self.temperature, torch.finfo(below.dtype).tiny)).softmax(-1)
         cumulated = probabilities.cumsum(-1)
         kept = cumulated - probabilities < self.top_p
         kept[:, 0] = True  # also where top_p is so small that rounding loses it
@@ -45,13 +47,13 @@ class Sampling:
         return counts.gather(1, rank.minimum(kept.sum(-1, keepdim=True) - 1))[:, 0]
 
 
-def uniforms(seed: int, rows: Sequence[int], samples: int, steps: int) -> np.ndarray:
-    """Random numbers of [0, 1) for each token of each sample of each row, float32 [rows · samples, steps].
+def uniforms(seed: int, recordings: Sequence[int], samples: int, steps: int) -> np.ndarray:
+    """Random numbers of [0, 1) for each token of each sample of each recording, float32 [recordings · samples, steps].
 
-    Those of a sample depend on seed, row and its number alone: neither on how many others there are, nor on how many
-    tokens are drawn after it.
+    Those of a sample depend on seed, recording (the number that stands for it, see `Prompt.key`) and its own number
+    alone: neither on how many others there are, nor on how many tokens are drawn after it.
     """
-    keys = [(seed, row, sample) for row in rows for sample in range(samples)]
+    keys = [(seed, recording, sample) for recording in recordings for sample in range(samples)]
     return np.stack([np.random.default_rng(key).random(steps, dtype=np.float32) for key in keys])
 
 

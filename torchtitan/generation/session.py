@@ -8,6 +8,7 @@ import torch
 from torchtitan.generation.cache import Cache
 from torchtitan.generation.choose import choose_attention, operations_with
 from torchtitan.generation.decode import Decoder
+from torchtitan.generation.room import check_room
 from torchtitan.generation.sampling import Continuations
 
 CHUNK = 256
@@ -45,7 +46,7 @@ class Session:
         lengths, steps = [len(prompt) for prompt in prompts], continuations.steps
         self.sequences = len(prompts) * samples
         self.rope = decoder.rope(max(lengths) + steps)
-        _check_room(decoder, lengths, samples, steps)
+        check_room(decoder.shape, decoder.dtype, decoder.device, lengths, samples, steps)
         self.cache = Cache.empty(decoder.shape, lengths, samples, steps, decoder.device, decoder.dtype)
         begun = time.perf_counter()
         for number, prompt in enumerate(prompts):
@@ -106,16 +107,3 @@ class Session:
     def _wait(self) -> None:
         if self.decoder.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _check_room(decoder: Decoder, lengths: list[int], samples: int, steps: int) -> None:
-    if decoder.device.type != "cuda":
-        return
-    needed = Cache.nbytes(decoder.shape, lengths, samples, steps, decoder.dtype)
-    free = torch.cuda.mem_get_info(decoder.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if needed > free:
-        raise ValueError(
-            f"keys and values of {len(lengths)} prompts of up to {max(lengths):,} tokens, with {samples} samples of "
-            f"{steps:,} tokens each, take {needed / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} left: take "
-            "fewer prompts, samples or bins"
-        )
