@@ -43,6 +43,9 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         main(arguments, config)
+    except KeyboardInterrupt:
+        logger.error("error: interrupted; the same command starts again")
+        os._exit(1)
     except Exception:
         # At once: an orderly exit would wait for the loader's processes, and for ranks that are gone.
         traceback.print_exc()

@@ -13,7 +13,7 @@ from tests.models import small_model
 from torchtitan.checkpoint import folders, manifest
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.manifest import DamagedCheckpointError, OtherFormatError, read_manifest
-from torchtitan.checkpoint.verify import damage_of
+from torchtitan.checkpoint.verify import checkpoints_in, damage_of
 from torchtitan.distributed.world import World
 
 FILES = ("__0_0.distcp", ".metadata", "checkpoint.json")
@@ -77,6 +77,11 @@ def test_another_version_s_checkpoint_is_not_damaged(
         resumed_step(world, steps, "--checkpoint.fall_back")
     assert damage_of(steps / "step-2") == "of format 3, which this version cannot read"
     assert sorted(path.name for path in steps.iterdir()) == ["step-1", "step-2"]
+
+
+def test_what_was_generated_with_a_step_is_no_checkpoint(steps: Path) -> None:
+    (steps.parent / "generation/step-2/pile-0").mkdir(parents=True)
+    assert checkpoints_in(steps.parent) == [steps / "step-1", steps / "step-2"]
 
 
 def places(steps: Path) -> Iterator[tuple[Path, int]]:

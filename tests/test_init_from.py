@@ -92,6 +92,8 @@ def test_only_the_keys_that_the_configuration_names_may_be_missing(world: World,
     assert "missing: output.weight" in str(caught.value)
     found = start(world, tmp_path, *MISSING)
     assert_equal({name: found[name] for name in body}, body)
+    as_in_the_error = [key.replace("tok_embeddings", "model.tok_embeddings") for key in MISSING]
+    assert_equal(start(world, tmp_path, *as_in_the_error), found)
     _, fresh, _ = small_model(world)
     initial = whole(model_tensors(fresh))
     assert torch.equal(found["output.weight"], initial["model.output.weight"])

@@ -9,7 +9,14 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from torchtitan.checkpoint.manifest import DamagedCheckpointError, OtherFormatError, Record, read_manifest, sync_folder, write_manifest
+from torchtitan.checkpoint.manifest import (
+    DamagedCheckpointError,
+    OtherFormatError,
+    Record,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
 from torchtitan.logging import logger
 
 TEMPORARY, REMOVED = ".tmp", ".removed"

@@ -60,10 +60,11 @@ def find_weights(model: Transformer, config: Checkpoint, named: str = "checkpoin
         name: entry for name, entry in stored.items() if name.startswith(prefix) and not name.endswith("freqs_cis")
     }
     weights = {prefix + name.removeprefix("model."): tensor for name, tensor in model_tensors(model).items()}
-    unknown = [key for key in config.init_missing_keys if prefix + key not in weights]
+    missing_keys = [key.removeprefix("model.") for key in config.init_missing_keys]
+    unknown = [key for key in missing_keys if prefix + key not in weights]
     if unknown:
         raise ValueError(f"checkpoint.init_missing_keys names no weights of the model: {', '.join(unknown)}")
-    absent = [key for key in config.init_missing_keys if prefix + key not in stored]
+    absent = [key for key in missing_keys if prefix + key not in stored]
     for key in absent:
         del weights[prefix + key]
 

@@ -46,8 +46,8 @@ class OtherFormatError(ValueError):
 
     def __init__(self, folder: Path, format: object) -> None:
         super().__init__(
-            f"{folder} was written in format {format}, and this version reads and writes format {FORMAT}: go on with the "
-            "version that wrote it, or begin a new run from its weights, exported by that version"
+            f"{folder} was written in format {format}, and this version reads and writes format {FORMAT}: go on with "
+            "the version that wrote it, or begin a new run from its weights, exported by that version"
         )
         self.folder, self.format = folder, format
 

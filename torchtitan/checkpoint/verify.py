@@ -39,7 +39,9 @@ def checkpoints_in(path: Path) -> list[Path]:
     if (path / ".metadata").is_file() or (path / RECORD).is_file():
         return [path]
     roots = [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir())]
-    return [folders.step_folder(root, step) for root in roots for step in folders.named_steps(root)]
+    steps = [folders.step_folder(root, step) for root in roots for step in folders.named_steps(root)]
+    # What was generated with a step stands in a folder of that name, too.
+    return [step for step in steps if any((step / name).is_file() for name in (RECORD, ".metadata", "__0_0.distcp"))]
 
 
 def main(argv: list[str]) -> int:

@@ -47,7 +47,8 @@ def llama_to_dcp(arguments: argparse.Namespace) -> None:
             ):
                 record["files"] = write_dcp(temporary, tensors)
     print(summary(source.tensors.weights, source.left_out))
-    logger.info(f"{arguments.output_dir} is complete: start from it with checkpoint.init_from")
+    absent = "" if arguments.keep_embeddings else f" and checkpoint.init_missing_keys = {list(VOCABULARY_WEIGHTS)}"
+    logger.info(f"{arguments.output_dir} is complete: start from it with checkpoint.init_from{absent}")
 
 
 def open_llama(folder: Path, rope_scaling: str | None) -> Source:
