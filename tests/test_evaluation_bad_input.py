@@ -49,6 +49,14 @@ def test_arguments(arguments: list[str], message: str) -> None:
         parse(["--training.dataset", "synthetic", *arguments], "")
 
 
+def test_flags_that_are_given_twice_add_up() -> None:
+    twice = ["--checkpoint", "a", "b", "--checkpoint", "c", "--source_dataset", "x", "--source_dataset", "y", "z"]
+    for _ in range(2):
+        arguments, _ = parse(["--training.dataset", "synthetic", *twice], "")
+        assert arguments.checkpoints == [Path("a"), Path("b"), Path("c")]
+        assert arguments.source_datasets == ["x", "y", "z"]
+
+
 def test_what_only_training_needs_is_not_checked() -> None:
     _, config = parse(["--training.dataset", "synthetic", "--training.global_batch_size", "12"], "")
     parse(["--training.dataset", "synthetic", "--training.batch_size", "5", "--training.global_batch_size", "12"], "")

@@ -47,6 +47,7 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
     parser.add_argument(
         "--checkpoint",
         nargs="+",
+        action="extend",
         type=Path,
         default=[],
         metavar="PATH",
@@ -57,7 +58,9 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
         "--all_steps", action="store_true", help="all steps of each --checkpoint that is a folder of them"
     )
     parser.add_argument("--split", default="test", metavar="NAME", help="split to evaluate on (default: test)")
-    parser.add_argument("--source_dataset", nargs="+", default=[], metavar="NAME", help="only rows of these sources")
+    parser.add_argument(
+        "--source_dataset", nargs="+", action="extend", default=[], metavar="NAME", help="only rows of these sources"
+    )
     parser.add_argument(
         "--max_windows", type=_positive, metavar="K", help="score that many windows, spread evenly over the split"
     )

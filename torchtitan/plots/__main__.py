@@ -112,7 +112,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         ValueError: where it is not one, or one of another format.
     """
     try:
-        evaluation = json.loads(path.read_text())
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     found = evaluation.get("format") if isinstance(evaluation, dict) else None
