@@ -21,7 +21,7 @@ from torchtitan.data.index import RecordingIndex, load_index
 from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import Rows
 from torchtitan.distributed.world import World
-from torchtitan.evaluation.accumulator import Accumulator
+from torchtitan.evaluation.accumulator import Accumulator, Session
 from torchtitan.evaluation.arguments import parse
 from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.report import Evaluation, results
@@ -152,6 +152,21 @@ def test_every_token_counts_once(world: World, min_context: int, overlap: bool) 
     assert found["sources"]["b"]["tokens"] == 2 * 17 + 1 * 3
     assert found["sources"]["b"]["spikes"] == sum(int(row.sum()) for row in rows[1:3])
     assert list(found["sessions"]) == [f"{s}/subject-{i // 2}/session-{i}" for i, s in enumerate("abba")]
+
+
+def test_sessions_keep_apart_whatever_they_are_called(world: World) -> None:
+    """Names with slashes, which joined by slashes would be the same; and a unit of two rows counts in both."""
+    config, model, _ = small_model(world, "--training.num_workers", "0")
+    recordings, index = in_memory(random_recordings([(5, 40), (3, 17), (3, 20)]))
+    sessions = [("a", "b/c", "d"), ("a/b", "c", "d"), ("a/b", "c", "d")]
+    for place, column in enumerate(Session._fields):
+        dataset = recordings.dataset.remove_columns(column)
+        recordings.dataset = dataset.add_column(column, [session[place] for session in sessions])  # pyright: ignore[reportCallIssue]
+    over = Pass(recordings, index, seq_len=32, vocab_size=256)
+    found = results(score(model, over, config, world) or pytest.fail("rank 0 has no totals"))["sessions"]
+    assert list(found) == ["a/b%2Fc/d", "a%2Fb/c/d"]
+    assert [tuple(entry[column] for column in Session._fields) for entry in found.values()] == sessions[:2]
+    assert [(entry["rows"], entry["neurons"]) for entry in found.values()] == [(1, 5), (2, 6)]
 
 
 def test_documents_keep_to_themselves(world: World) -> None:

@@ -182,7 +182,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([run.parent], f"holds neither a metrics.jsonl nor an evaluation/*.json; did you mean {run}?"),
         ([empty], "empty: no step is logged yet"),
         ([broken], "step-90.json: not JSON"),
-        ([old], "step-90.json: format 0, not 1: evaluate the checkpoint again"),
+        ([old], "step-90.json: format 0, not 2: evaluate the checkpoint again"),
         ([run, "--output", tmp_path / "file"], "file: File exists"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -3,6 +3,7 @@
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,13 @@ from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.recording import NUM_EDGES, Piece, RecordingScore, Sums, score_recording
 from torchtitan.evaluation.scoring import WindowScore
 
-Session = tuple[str, str, str]
-"""source_dataset, subject_id, session_id."""
+
+class Session(NamedTuple):
+    """Recordings are of one where all of these columns are the same."""
+
+    source_dataset: str
+    subject_id: str
+    session_id: str
 
 
 @dataclass
@@ -45,9 +51,9 @@ class Totals:
     def sources(self) -> dict[str, Sums]:
         """The sums of each source dataset."""
         sources: dict[str, Sums] = {}
-        for (source, _, _), sums in self.sessions.items():
-            sources.setdefault(source, Sums())
-            sources[source] += sums
+        for session, sums in self.sessions.items():
+            sources.setdefault(session.source_dataset, Sums())
+            sources[session.source_dataset] += sums
         return sources
 
 
@@ -104,7 +110,7 @@ class Accumulator:
             recording, scored = self.under_way.popleft()
             score = scored.result()
             row = int(self.over.windows.index.rows[recording])
-            session = (self.ids["source_dataset"][row], self.ids["subject_id"][row], self.ids["session_id"][row])
+            session = Session(*(self.ids[column][row] for column in Session._fields))
             self.totals.sessions.setdefault(session, Sums())
             self.totals.sessions[session] += score.sums
             self.totals.by_position += score.by_position

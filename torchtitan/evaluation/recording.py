@@ -41,7 +41,7 @@ class Sums:
     """Additive figures of one or more recordings, over exactly the scored tokens.
 
     Attributes:
-        rows, neurons: recordings, and their neurons.
+        rows, neurons: recordings, and their neurons: one that stands in several recordings counts in each.
         bins: scored counts a neuron.
         tokens, bos_tokens: scored counts, and scored BOS.
         spikes: sum of the counts.

@@ -8,23 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from torchtitan.evaluation.accumulator import Totals
+from torchtitan.evaluation.accumulator import Session, Totals
 from torchtitan.evaluation.recording import BIN_SECONDS, NATS, POISSON, SPIKES, TOKENS, Sums
 
-FORMAT = 1
+FORMAT = 2
 Evaluation = dict[str, Any]
 
 
 def results(totals: Totals) -> Evaluation:
     """What a pass has found, ready for JSON: the part of an evaluation that depends on model and data alone."""
     sessions_of: dict[str, int] = {}
-    for source, _, _ in totals.sessions:
-        sessions_of[source] = sessions_of.get(source, 0) + 1
+    for session in totals.sessions:
+        sessions_of[session.source_dataset] = sessions_of.get(session.source_dataset, 0) + 1
     return {
         "bin_seconds": BIN_SECONDS,
         "overall": group(totals.overall, len(totals.sessions)),
         "sources": {source: group(sums, sessions_of[source]) for source, sums in totals.sources.items()},
-        "sessions": {"/".join(session): group(sums, 1) for session, sums in totals.sessions.items()},
+        "sessions": {
+            _key(session): {**session._asdict(), **group(sums, 1)} for session, sums in totals.sessions.items()
+        },
         "loss_by_position": bins(totals.by_position),
         "loss_by_time": bins(totals.by_time),
         "calibration": [
@@ -34,8 +36,13 @@ def results(totals: Totals) -> Evaluation:
     }
 
 
+def _key(session: Session) -> str:
+    """Its columns as a path, a slash inside of one written as in an address: no two sessions have the same."""
+    return "/".join(column.replace("%", "%25").replace("/", "%2F") for column in session)
+
+
 def group(sums: Sums, sessions: int) -> Evaluation:
-    """Figures of some recordings together; None where one is not defined."""
+    """Figures of some recordings together; None where one is not defined. `neurons` counts those of each row."""
     all_tokens = sums.tokens + sums.bos_tokens
     return {
         "rows": sums.rows,
@@ -124,7 +131,7 @@ def _figure(key: str, digits: int) -> Callable[[Evaluation], str]:
 _DATA: list[Column] = [
     ("rows", _figure("rows", 0)),
     ("sessions", _figure("sessions", 0)),
-    ("neurons", _figure("neurons", 0)),
+    ("neurons of rows", _figure("neurons", 0)),
     ("bins", _figure("bins", 0)),
     ("counts", _figure("tokens", 0)),
     ("spikes", _figure("spikes", 0)),

@@ -19,7 +19,7 @@ from torchtitan.plots.scores import Evaluation, learning_curve, pictures
 from torchtitan.plots.style import save
 from torchtitan.plots.training import training_curves
 
-FORMAT = 1
+FORMAT = 2
 """Of evaluations that can be read."""
 
 

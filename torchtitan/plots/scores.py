@@ -202,13 +202,10 @@ def _number(value: float | None, otherwise: float = math.nan) -> float:
 
 
 def _sessions_by_source(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Bits per spike of each session of each source; a session's name begins with its source's."""
-    sources = sorted(evaluation["sources"], key=len, reverse=True)
-    found: dict[str, list[float]] = {source: [] for source in sources}
-    for session, group in evaluation["sessions"].items():
-        source = next((source for source in sources if session.startswith(f"{source}/")), None)
-        if source is not None:
-            found[source].append(_number(group.get("bits_per_spike")))
+    """Bits per spike of each session of each source."""
+    found: dict[str, list[float]] = {source: [] for source in evaluation["sources"]}
+    for session in evaluation["sessions"].values():
+        found[session["source_dataset"]].append(_number(session.get("bits_per_spike")))
     return found
 
 
