@@ -177,6 +177,7 @@ def test_documents_keep_to_themselves(world: World) -> None:
     found = results(score(model, over, config, world) or pytest.fail("rank 0 has no totals"))
     stream = Stream(rows)
     nats = 0.0
+    positions: list[int] = []
     for start in range(0, len(stream.tokens) - 1, 32):
         tokens, row = stream.tokens[start : start + 33], stream.row[start : start + 33]
         begins = torch.tensor(np.flatnonzero(np.diff(row[:-1], prepend=-1)), dtype=torch.int32)
@@ -185,7 +186,14 @@ def test_documents_keep_to_themselves(world: World) -> None:
         with torch.no_grad():
             logits = model(inputs, documents)[0].double().log_softmax(-1)
         nats -= logits[torch.arange(len(tokens) - 1), torch.from_numpy(tokens[1:].astype(np.int64))].sum().item()
+        # What a count is predicted from: the tokens of its own recording before it in the window.
+        seen = [int((row[:place] == row[place]).sum()) for place in range(1, len(row))]
+        positions += [size - 1 for size, token in zip(seen, tokens[1:], strict=True) if token != 255]
     assert found["overall"]["nats_per_token_with_bos"] == pytest.approx(nats / (len(stream.tokens) - 1), rel=1e-6)
+    edges = [0, 1, 2, 4, 8, 16, 32]
+    assert [(entry["from"], entry["tokens"]) for entry in found["loss_by_position"]] == list(
+        zip(edges, np.histogram(positions, edges)[0].tolist(), strict=False)
+    )
 
 
 def test_nulls_of_whole_real_recordings(real_recordings: Path) -> None:

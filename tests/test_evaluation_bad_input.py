@@ -36,6 +36,10 @@ def on(recordings: str, folder: Path, *more: str) -> list[str]:
         (["--sources", "x"], r"--sources: unknown flag; did you mean --source_dataset\?"),
         (["--checkpoint"], "argument --checkpoint: expected at least one argument"),
         (["--overlap"], "--overlap: needs a --min_context of at least 2"),
+        (
+            ["--min_context", "2", "--training.document_mask"],
+            r"training\.document_mask: .* --min_context 2 counts from",
+        ),
         (["--all_steps"], "--all_steps: needs a --checkpoint"),
         (["--training.stps", "3"], r"--training.stps: unknown key; did you mean training\.steps\?"),
         (["--model.n_heads", "3"], "model.n_heads: 3 does not divide"),

@@ -60,9 +60,9 @@ class Totals:
 class Accumulator:
     """Takes the windows of a pass in order. Recordings that are complete are worked on by threads, a few at a time."""
 
-    def __init__(self, over: Pass, *, nulls: bool = True, num_threads: int = 1) -> None:
-        """`nulls`: see `score_recording`."""
-        self.over, self.nulls = over, nulls
+    def __init__(self, over: Pass, *, nulls: bool = True, document_mask: bool = False, num_threads: int = 1) -> None:
+        """`nulls`: see `score_recording`; `document_mask`: the model has seen of each recording nothing before it."""
+        self.over, self.nulls, self.document_mask = over, nulls, document_mask
         self.ids = over.windows.recordings.ids()
         self.bos = bos_token(over.windows.vocab_size)
         self.totals = Totals(np.zeros(self.bos), np.zeros(self.bos, np.int64))
@@ -85,6 +85,8 @@ class Accumulator:
                 self.recording = recording
             part = slice(done, done + length)
             position = start + done - score.window * windows.stride - 1
+            if self.document_mask:
+                position = min(position, first - 1)
             self.pieces.append(Piece(first, position, score.labels[part], score.nats[part], score.rates[part]))
             done += length
 

@@ -2,7 +2,9 @@
 
 import argparse
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,11 +88,21 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
         problems.append(Problem(COMMAND_LINE, "--all_steps", "needs a --checkpoint, the folder of the steps"))
     if problems:
         raise ConfigError(problems)
-    config = load_config(rest, [check_shape, lambda config: check_degrees(_for_evaluation(config))])
+    checks = [check_shape, lambda config: check_degrees(_for_evaluation(config)), partial(_check_mask, own.min_context)]
+    config = load_config(rest, checks)
     arguments = Arguments(
         own.checkpoint, own.all_steps, own.split, own.source_dataset, own.max_windows, own.min_context, own.overlap
     )
     return arguments, _for_evaluation(config)
+
+
+def _check_mask(min_context: int, config: JobConfig) -> Iterator[tuple[str, str]]:
+    if config.training.document_mask and min_context > 1:
+        yield (
+            "training.document_mask",
+            f"with it a token's context begins with its recording, where --min_context {min_context} counts from the "
+            "beginning of the window; leave out one of them",
+        )
 
 
 def _for_evaluation(config: JobConfig) -> JobConfig:

@@ -22,8 +22,9 @@ class Piece:
 
     Attributes:
         first: place of the first of them in the recording, in tokens.
-        position: place of the first of them among the labels of its window. At position 0 there is one token to
-            predict from, and one more at each further position.
+        position: how much the first of them is predicted from: at position 0 from one token, and from one more at
+            each further position. Without a mask of documents its place among the labels of its window; with one a
+            recording begins at -1, BOS, of which no position is kept.
         labels: the tokens, uint8.
         nats: negative log likelihood of each, float32.
         rates: expected count at each, float32; where the token is BOS without meaning.
@@ -77,8 +78,8 @@ class RecordingScore:
 
     Attributes:
         sums: over all of its scored tokens.
-        by_position: tokens, spikes, nats and Poisson's nats of its counts by `geometric_bin` of their position in
-            the window, float64 [NUM_EDGES, 4].
+        by_position: tokens, spikes, nats and Poisson's nats of its counts by `geometric_bin` of their position, float64
+            [NUM_EDGES, 4].
         by_time: the same by that of the seconds since the recording began.
     """
 
@@ -95,7 +96,7 @@ class Matrices:
         counts: uint8.
         scored: bool.
         nats, rates: float32.
-        positions: geometric bin of the position in the window, uint8.
+        positions: geometric bin of the position, uint8.
         bins: each row's bin in the recording, int64 [bins].
         stretches: rows at which a bin is not the one after that of the row before.
         bos_tokens, bos_nats: number of BOS among the scored tokens, and nats of them.

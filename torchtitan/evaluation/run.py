@@ -95,7 +95,8 @@ def score(model: Transformer, over: Pass, config: JobConfig, world: World) -> To
             raise AssertionError("only rank 0 is given scores")
         return None
     processors = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    accumulator = Accumulator(over, num_threads=max(1, min(processors, 4)))
+    threads = max(1, min(processors, 4))
+    accumulator = Accumulator(over, document_mask=training.document_mask, num_threads=threads)
     for window in _reported(scorer.score(), over.num_scored):
         accumulator.add(window)
     return accumulator.finish()
