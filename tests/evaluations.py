@@ -49,7 +49,7 @@ def evaluation(
         "checkpoint": None if step is None else f"{run}/checkpoint/step-{step}",
         "step": step,
         "data": {"description": "recordings", "split": "test", "fingerprint": "f", "source_datasets": None},
-        "settings": {"seq_len": 64},
+        "settings": {"seq_len": 64, "min_context": 0, "overlap": False, "max_windows": None, "batch_size": 2},
         "overall": group(gain, sum(map(len, sources.values()))),
         "sources": {
             name: group(float(np.mean(bits)) if bits else None, len(sources[name])) for name, bits in known.items()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.checkpoints import whole
 from tests.helpers import in_memory, random_recordings, write_recordings
@@ -274,7 +275,9 @@ enable_tensorboard = false
         printed = self.evaluate(
             folder, tmp_path, "--checkpoint", str(folder / "run/checkpoint"), "--all_steps", "--max_windows", "3"
         )
-        two, four = (json.loads((tmp_path / f"evaluation/step-{step}.json").read_text()) for step in (2, 4))
+        two, four = (
+            json.loads((tmp_path / f"evaluation/step-{step}.max_windows-3.json").read_text()) for step in (2, 4)
+        )
         assert (two["step"], four["step"]) == (2, 4)
         assert two["checkpoint"] == str(folder / "run/checkpoint/step-2")
         assert four["overall"]["nats_per_token"] < two["overall"]["nats_per_token"]
@@ -286,7 +289,7 @@ enable_tensorboard = false
 
     def test_random_weights(self, folder: Path, tmp_path: Path) -> None:
         self.evaluate(folder, tmp_path, "--split", "train")
-        found = json.loads((tmp_path / "evaluation/random.json").read_text())
+        found = json.loads((tmp_path / "evaluation/random.train.json").read_text())
         assert (found["checkpoint"], found["step"], found["data"]["split"]) == (None, None, "train")
         assert found["overall"]["bits_per_spike"] < 0
         assert found["overall"]["tokens"] == 6 * 60
@@ -312,6 +315,50 @@ def test_weights_that_are_not_a_run_s(world: World, tmp_path: Path) -> None:
     over = Pass(*in_memory(rows), seq_len=32, vocab_size=256)
     expected = scored_by_hand(model, Stream(rows), list(range(0, over.windows.num_tokens - 1, 32)), 32, 0)
     assert found[0]["overall"]["bits_per_spike"] == pytest.approx(expected["overall"]["bits_per_spike"], rel=2e-6)
+
+
+def test_evaluations_lie_beside_each_other(world: World, tmp_path: Path) -> None:
+    """One file and a group of pictures for each way to pass over the data; only the same one is replaced."""
+    rows = random_recordings([(5, 40), (3, 30)])
+    data = write_recordings(tmp_path / "recordings", {"train": rows, "test": rows})
+    argv = [*SMALL[2:], "--training.dataset_path", str(data), "--job.dump_folder", str(tmp_path)]
+    argv += ["--training.num_workers", "0"]
+    ways = {
+        "random": (),
+        "random.train.source_dataset-tests": ("--split", "train", "--source_dataset", "tests", "tests"),
+        "random.max_windows-2": ("--max_windows", "2"),
+        "random.min_context-8.overlap": ("--min_context", "8", "--overlap"),
+    }
+    for _ in range(2):
+        for way in ways.values():
+            evaluate(*parse([*argv, *way], ""), world)
+    folder = tmp_path / "evaluation"
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert set(found) == set(ways)
+    assert found["random.max_windows-2"]["settings"]["max_windows"] == 2
+    kinds = ("sources", "context", "calibration")
+    assert {path.stem for path in folder.glob("plots/*")} == {f"{way}-{kind}" for way in ways for kind in kinds}
+    events = EventAccumulator(str(tmp_path / "tb/evaluation"))
+    events.Reload()
+    groups = [way.removeprefix("random").removeprefix(".") for way in ways]
+    assert set(events.Tags()["images"]) == {f"{group}/{kind}".lstrip("/") for group in groups for kind in kinds}
+    for more, difference in (
+        (("--training.seq_len", "16"), "seq_len is 32 there and 16 here"),
+        (("--training.document_mask",), "document_mask is False there and True here"),
+    ):
+        with pytest.raises(ValueError, match=rf"random.json is an evaluation of something else: {difference}"):
+            evaluate(*parse([*argv, *more], ""), world)
+
+
+def test_many_sources_have_a_short_name() -> None:
+    def way(*sources: str) -> str:
+        return parse(["--training.dataset", "synthetic", "--source_dataset", *sources], "")[0].way
+
+    assert way("b/c", "a") == "source_dataset-a+b%2Fc"
+    many = [f"a source with a long name, {i}" for i in range(9)]
+    assert len(way(*many)) < 40
+    assert way(*many) == way(*many[::-1])
+    assert way(*many) != way(*many[1:], "another")
 
 
 def test_several_passes_of_one_model(world: World, tmp_path: Path) -> None:

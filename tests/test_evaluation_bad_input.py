@@ -105,6 +105,17 @@ def test_two_checkpoints_that_would_be_written_to_one_file(world: World, recordi
         evaluate(*parse(on(recordings, tmp_path, *both), ""), world)
 
 
+def test_an_evaluation_of_another_run_is_not_overwritten(world: World, recordings: str, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        saved(world, tmp_path / name)
+    one, other = (on(recordings, tmp_path, "--checkpoint", str(tmp_path / name)) for name in ("one", "other"))
+    evaluate(*parse(one, ""), world)
+    with pytest.raises(
+        ValueError, match=r"step-1\.json is .*: checkpoint is .*one.* there and .*other.* here; move it"
+    ):
+        evaluate(*parse(other, ""), world)
+
+
 @pytest.mark.parametrize(("more", "status"), [(("--split", "valid"), 1), (("--max_window", "3"), 2)])
 def test_exit_status(recordings: str, tmp_path: Path, more: tuple[str, ...], status: int) -> None:
     done = run([train_command()[0], "evaluate.py", *on(recordings, tmp_path, *more)])
