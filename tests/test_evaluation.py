@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.checkpoints import whole
+from tests.checkpoints import saved, whole
 from tests.helpers import in_memory, random_recordings, write_recordings
 from tests.models import SMALL, small_model, train_a_little
 from tests.processes import run, train, train_command
@@ -348,6 +348,19 @@ def test_evaluations_lie_beside_each_other(world: World, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=rf"random.json is an evaluation of something else: {difference}"):
             evaluate(*parse([*argv, *more], ""), world)
+
+
+def test_a_table_of_several_runs_names_them(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = random_recordings([(5, 40)])
+    data = write_recordings(tmp_path / "recordings", {"train": rows, "test": rows})
+    saved(world, tmp_path / "one", steps=(1,))
+    saved(world, tmp_path / "other", steps=(2,))
+    argv = [*SMALL[2:], "--training.dataset_path", str(data), "--job.dump_folder", str(tmp_path)]
+    checkpoints = [str(tmp_path / f"{run}/checkpoint") for run in ("one", "other")]
+    evaluate(*parse([*argv, "--training.num_workers", "0", "--checkpoint", *checkpoints], ""), world)
+    printed = capsys.readouterr().out
+    curve = printed[printed.rindex("checkpoint  ") :].splitlines()
+    assert [line.split("  ")[0] for line in curve[2:4]] == ["one, step 1", "other, step 2"]
 
 
 def test_many_sources_have_a_short_name() -> None:

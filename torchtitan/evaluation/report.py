@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from tabulate import tabulate
 
 from torchtitan.evaluation.accumulator import Session, Totals
 from torchtitan.evaluation.recording import BIN_SECONDS, NATS, POISSON, SPIKES, TOKENS, Sums
+from torchtitan.plots.names import distinct_names
 
 FORMAT = 2
 Evaluation = dict[str, Any]
@@ -111,14 +113,23 @@ def tables(evaluation: Evaluation) -> str:
 
 
 def learning_curve(evaluations: Sequence[Evaluation]) -> str:
-    """A row a checkpoint, oldest first."""
-    return _table([(_name(evaluation), evaluation["overall"]) for evaluation in evaluations], _CURVE, "checkpoint")
+    """A row a checkpoint, oldest first; named by its run, too, where there are several."""
+    of_steps = [evaluation["checkpoint"] for evaluation in evaluations if evaluation["step"] is not None]
+    folders = sorted({str(PurePath(checkpoint).parent) for checkpoint in of_steps})
+    runs = dict(zip(folders, distinct_names(folders), strict=True)) if len(folders) > 1 else {}
+    return _table(
+        [(_name(evaluation, runs), evaluation["overall"]) for evaluation in evaluations], _CURVE, "checkpoint"
+    )
 
 
-def _name(evaluation: Evaluation) -> str:
+def _name(evaluation: Evaluation, runs: Mapping[str, str]) -> str:
+    """What a checkpoint is called by, `runs` being names of folders of steps, where there are several."""
     if evaluation["checkpoint"] is None:
         return "random weights"
-    return evaluation["checkpoint"] if evaluation["step"] is None else f"step {evaluation['step']}"
+    if evaluation["step"] is None:
+        return evaluation["checkpoint"]
+    run = runs.get(str(PurePath(evaluation["checkpoint"]).parent))
+    return f"step {evaluation['step']}" if run is None else f"{run}, step {evaluation['step']}"
 
 
 Column = tuple[str, Callable[[Evaluation], str]]
