@@ -22,7 +22,7 @@ from torchtitan.data.index import RecordingIndex, load_index
 from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import Rows
 from torchtitan.distributed.world import World
-from torchtitan.evaluation.accumulator import Accumulator, Session
+from torchtitan.evaluation.accumulator import Accumulator, Session, warn_of_clipped
 from torchtitan.evaluation.arguments import parse
 from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.report import Evaluation, results
@@ -361,6 +361,33 @@ def test_a_table_of_several_runs_names_them(world: World, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     curve = printed[printed.rindex("checkpoint  ") :].splitlines()
     assert [line.split("  ")[0] for line in curve[2:4]] == ["one, step 1", "other, step 2"]
+
+
+@pytest.mark.parametrize("vocab_size", [8, 256])
+def test_clipped_counts_are_counted(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, vocab_size: int
+) -> None:
+    """Of the scored tokens alone, and not twice where windows meet; 255 is clipped with any vocabulary."""
+    rows = random_recordings([(5, 40), (3, 30)])
+    rows[0][:, [0, 7]] = 255
+    over = Pass(*in_memory(rows), seq_len=32, vocab_size=vocab_size, min_context=9)
+    stream = np.concatenate([np.insert(row.T, 0, 0, axis=1).reshape(-1) for row in rows])
+    places = np.concatenate([np.arange(*over.scored(window)) for window in over.chosen])
+    accumulator = Accumulator(over)
+    tokens = np.zeros(33, np.uint8)
+    for window in over.chosen:
+        over.windows.read(window, tokens)
+        start, stop = over.scored(window)
+        labels = tokens[1 + over.lead : 1 + over.lead + stop - start].copy()
+        nats = np.ones(len(labels), np.float32)
+        accumulator.add(WindowScore(window, labels, nats, nats, np.zeros(vocab_size - 1)))
+    totals = accumulator.finish()
+    expected = int((stream[places] > vocab_size - 2).sum())
+    assert 0 < expected < (stream > vocab_size - 2).sum()
+    assert results(totals)["overall"]["clipped_counts"] == expected
+    with caplog.at_level("WARNING"):
+        warn_of_clipped(totals.overall, vocab_size)
+    assert f"{expected:,} of " in caplog.text + capsys.readouterr().err
 
 
 def test_many_sources_have_a_short_name() -> None:

@@ -108,7 +108,9 @@ def test_two_checkpoints_that_would_be_written_to_one_file(world: World, recordi
 def test_an_evaluation_of_another_run_is_not_overwritten(world: World, recordings: str, tmp_path: Path) -> None:
     for name in ("one", "other"):
         saved(world, tmp_path / name)
-    one, other = (on(recordings, tmp_path, "--checkpoint", str(tmp_path / name / "checkpoint")) for name in ("one", "other"))
+    one, other = (
+        on(recordings, tmp_path, "--checkpoint", str(tmp_path / name / "checkpoint")) for name in ("one", "other")
+    )
     evaluate(*parse(one, ""), world)
     with pytest.raises(
         ValueError, match=r"step-1\.json is .*: checkpoint is .*one.* there and .*other.* here; move it"

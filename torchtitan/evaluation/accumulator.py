@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan.data.tokens import bos_token
+from torchtitan.data.tokens import bos_token, largest_count
 from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.recording import NUM_EDGES, Piece, RecordingScore, Sums, score_recording
 from torchtitan.evaluation.scoring import WindowScore
+from torchtitan.logging import logger
 
 
 class Session(NamedTuple):
@@ -57,6 +58,15 @@ class Totals:
         return sources
 
 
+def warn_of_clipped(sums: Sums, vocab_size: int) -> None:
+    """Says how many of the scored counts are not the recorded ones, if any."""
+    if sums.clipped:
+        logger.warning(
+            f"{sums.clipped:,} of {sums.tokens:,} scored counts were clipped to {largest_count(vocab_size)}, the "
+            f"largest with training.vocab_size = {vocab_size}; nulls are of the clipped counts, too"
+        )
+
+
 class Accumulator:
     """Takes the windows of a pass in order. Recordings that are complete are worked on by threads, a few at a time."""
 
@@ -100,8 +110,11 @@ class Accumulator:
     def _close(self) -> None:
         """Gives the open recording, if there is one, to a thread; waits where too many are under way."""
         if self.pieces:
-            neurons = int(self.over.windows.index.neurons[self.recording])
-            scored = self.pool.submit(score_recording, neurons, self.pieces, nulls=self.nulls)
+            windows, index = self.over.windows, self.over.windows.index
+            row, neurons, bins = (int(column[self.recording]) for column in (index.rows, index.neurons, index.bins))
+            recorded = windows.recordings.spike_counts(row, neurons, bins)
+            clipped = recorded if recorded.max() > largest_count(windows.vocab_size) else None
+            scored = self.pool.submit(score_recording, neurons, self.pieces, nulls=self.nulls, recorded=clipped)
             self.under_way.append((self.recording, scored))
             self.pieces = []
             self._take(self.at_most)

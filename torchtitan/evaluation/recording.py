@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchtitan.data.tokens import Counts
 from torchtitan.evaluation.nulls import histogram_nats, ngram_nats, poisson_nats
 from torchtitan.evaluation.rates import RateSums, rate_sums
 
@@ -46,6 +47,7 @@ class Sums:
         bins: scored counts a neuron.
         tokens, bos_tokens: scored counts, and scored BOS.
         spikes: sum of the counts.
+        clipped: scored counts that were clipped.
         nats, bos_nats: the model's negative log likelihood of counts and of BOS.
         poisson, histogram, ngram: the nulls' of the counts.
         rates: how the predicted rate follows the activity.
@@ -57,6 +59,7 @@ class Sums:
     tokens: int = 0
     bos_tokens: int = 0
     spikes: int = 0
+    clipped: int = 0
     nats: float = 0.0
     bos_nats: float = 0.0
     poisson: float = 0.0
@@ -118,10 +121,13 @@ def geometric_bin(values: NDArray[np.integer] | NDArray[np.floating]) -> NDArray
     return np.frexp(np.asarray(values, np.float64))[1].clip(0).astype(np.uint8)
 
 
-def score_recording(num_neurons: int, pieces: list[Piece], *, nulls: bool = True) -> RecordingScore:
+def score_recording(
+    num_neurons: int, pieces: list[Piece], *, nulls: bool = True, recorded: Counts | None = None
+) -> RecordingScore:
     """What a recording of that many neurons contributes; `pieces` are all of it that is scored, in order.
 
-    Without `nulls` the costly ones stay 0: histogram, n-gram, and the comparison of rates.
+    Without `nulls` the costly ones stay 0: histogram, n-gram, and the comparison of rates. `recorded`, uint8 [neurons,
+    bins], are its counts before they became tokens, where some may have been clipped.
     """
     m = assemble(num_neurons, pieces)
     poisson = poisson_nats(m.counts, m.scored)
@@ -144,6 +150,8 @@ def score_recording(num_neurons: int, pieces: list[Piece], *, nulls: bool = True
         sums.histogram = histogram_nats(m.counts, m.scored)
         sums.ngram = ngram_nats(m.counts, m.scored)
         sums.rates = rate_sums(m.rates, m.counts, m.scored, m.stretches, BIN_SECONDS)
+    if recorded is not None:
+        sums.clipped = int(((recorded.T[m.bins] != m.counts) & m.scored).sum())
     times = geometric_bin(m.bins * BIN_SECONDS)
     return RecordingScore(
         sums,

@@ -54,6 +54,7 @@ def group(sums: Sums, sessions: int) -> Evaluation:
         "tokens": sums.tokens,
         "tokens_with_bos": all_tokens,
         "spikes": sums.spikes,
+        "clipped_counts": sums.clipped,
         "mean_rate_hz": _ratio(sums.spikes, sums.tokens * BIN_SECONDS),
         "nats_per_token": _ratio(sums.nats, sums.tokens),
         "nats_per_token_with_bos": _ratio(sums.nats + sums.bos_nats, all_tokens),

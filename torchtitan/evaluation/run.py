@@ -16,7 +16,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.degrees import Degrees
 from torchtitan.distributed.parallelize import build_model, init_weights
 from torchtitan.distributed.world import World, build_mesh, from_rank_zero
-from torchtitan.evaluation.accumulator import Accumulator, Totals
+from torchtitan.evaluation.accumulator import Accumulator, Totals, warn_of_clipped
 from torchtitan.evaluation.arguments import Arguments
 from torchtitan.evaluation.passes import Pass, of_sources, open_held_out
 from torchtitan.evaluation.report import FORMAT, Evaluation, learning_curve, results, tables
@@ -69,6 +69,8 @@ def evaluate(arguments: Arguments, config: JobConfig, world: World) -> None:
         totals = score(model, over, config, world)
         if totals is None:
             continue
+        if not evaluations:
+            warn_of_clipped(totals.overall, training.vocab_size)
         evaluation = {**subject, "time": time.time(), **results(totals)}
         evaluations.append(evaluation)
         path = folder / f"{name}.json"
