@@ -2,9 +2,11 @@
 
 Scores are made up; recordings have the Neural Pile's size: 395 neurons, 21,000 bins, 92 % zeros.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluation.py
+    OMP_NUM_THREADS=1 python benchmarks/evaluation.py [--json FILE]
 """
 
+import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,7 +24,10 @@ NUM_NEURONS, NUM_BINS, MEAN_COUNT, WINDOW = 395, 21_000, 0.08, 131_072
 
 
 def main() -> None:
-    """Times a recording, and each part of the work on it."""
+    """Times a recording, and each part of the work on it; writes the figures where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    arguments = parser.parse_args()
     random = np.random.default_rng(0)
     rates = MEAN_COUNT * random.lognormal(-0.5, 1, (NUM_NEURONS, 1))
     tokens = encode(random.poisson(rates, (NUM_NEURONS, NUM_BINS)).astype(np.uint8))
@@ -30,6 +35,7 @@ def main() -> None:
     windows = [slice(start, start + WINDOW) for start in range(0, len(tokens), WINDOW)]
     pieces = [Piece(at.start, 0, tokens[at], scores[at], scores[at]) for at in windows]
     m: Matrices = assemble(NUM_NEURONS, pieces)
+    mtokens_per_second: dict[str, float] = {}
     for name, work in (
         ("a recording", lambda: score_recording(NUM_NEURONS, pieces)),
         ("a recording, for a validation", lambda: score_recording(NUM_NEURONS, pieces, nulls=False)),
@@ -44,7 +50,11 @@ def main() -> None:
             started = time.perf_counter()
             work()
             took.append(time.perf_counter() - started)
-        print(f"{name:<30} {len(tokens) / min(took) / 1e6:6.1f} million tokens a second")
+        mtokens_per_second[name.strip()] = len(tokens) / min(took) / 1e6
+        print(f"{name:<30} {mtokens_per_second[name.strip()]:6.1f} million tokens a second")
+    if arguments.json:
+        figures = {"mtokens_per_second": mtokens_per_second, "neurons": NUM_NEURONS, "bins": NUM_BINS}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

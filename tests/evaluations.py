@@ -45,17 +45,19 @@ def evaluation(
     sources = {"demo": [0.3, 0.5]} if sources is None else sources
     known = {name: [bits for bits in sessions if bits is not None] for name, sessions in sources.items()}
     return {
-        "format": 1,
+        "format": 2,
         "checkpoint": None if step is None else f"{run}/checkpoint/step-{step}",
         "step": step,
         "data": {"description": "recordings", "split": "test", "fingerprint": "f", "source_datasets": None},
-        "settings": {"seq_len": 64},
+        "settings": {"seq_len": 64, "min_context": 0, "overlap": False, "max_windows": None, "batch_size": 2},
         "overall": group(gain, sum(map(len, sources.values()))),
         "sources": {
             name: group(float(np.mean(bits)) if bits else None, len(sources[name])) for name, bits in known.items()
         },
         "sessions": {
-            f"{name}/subject/{i}": group(bits) for name, sessions in sources.items() for i, bits in enumerate(sessions)
+            f"{name}/subject/{i}": {"source_dataset": name, **group(bits)}
+            for name, sessions in sources.items()
+            for i, bits in enumerate(sessions)
         },
         "loss_by_position": intervals([0, 1, 2, 4, 8, 16]),
         "loss_by_time": intervals([0, 0.5, 1, 2]),

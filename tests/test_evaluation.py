@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.checkpoints import whole
+from tests.checkpoints import saved, whole
 from tests.helpers import in_memory, random_recordings, write_recordings
 from tests.models import SMALL, small_model, train_a_little
 from tests.processes import run, train, train_command
@@ -21,7 +22,7 @@ from torchtitan.data.index import RecordingIndex, load_index
 from torchtitan.data.recordings import open_recordings
 from torchtitan.data.windows import Rows
 from torchtitan.distributed.world import World
-from torchtitan.evaluation.accumulator import Accumulator
+from torchtitan.evaluation.accumulator import Accumulator, Session, warn_of_clipped
 from torchtitan.evaluation.arguments import parse
 from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.report import Evaluation, results
@@ -154,6 +155,21 @@ def test_every_token_counts_once(world: World, min_context: int, overlap: bool) 
     assert list(found["sessions"]) == [f"{s}/subject-{i // 2}/session-{i}" for i, s in enumerate("abba")]
 
 
+def test_sessions_keep_apart_whatever_they_are_called(world: World) -> None:
+    """Names with slashes, which joined by slashes would be the same; and a unit of two rows counts in both."""
+    config, model, _ = small_model(world, "--training.num_workers", "0")
+    recordings, index = in_memory(random_recordings([(5, 40), (3, 17), (3, 20)]))
+    sessions = [("a", "b/c", "d"), ("a/b", "c", "d"), ("a/b", "c", "d")]
+    for place, column in enumerate(Session._fields):
+        dataset = recordings.dataset.remove_columns(column)
+        recordings.dataset = dataset.add_column(column, [session[place] for session in sessions])  # pyright: ignore[reportCallIssue]
+    over = Pass(recordings, index, seq_len=32, vocab_size=256)
+    found = results(score(model, over, config, world) or pytest.fail("rank 0 has no totals"))["sessions"]
+    assert list(found) == ["a/b%2Fc/d", "a%2Fb/c/d"]
+    assert [tuple(entry[column] for column in Session._fields) for entry in found.values()] == sessions[:2]
+    assert [(entry["rows"], entry["neurons"]) for entry in found.values()] == [(1, 5), (2, 6)]
+
+
 def test_documents_keep_to_themselves(world: World) -> None:
     argv = ("--training.document_mask", "--training.num_workers", "0", "--training.batch_size", "2")
     config, model, _ = small_model(world, *argv)
@@ -162,6 +178,7 @@ def test_documents_keep_to_themselves(world: World) -> None:
     found = results(score(model, over, config, world) or pytest.fail("rank 0 has no totals"))
     stream = Stream(rows)
     nats = 0.0
+    positions: list[int] = []
     for start in range(0, len(stream.tokens) - 1, 32):
         tokens, row = stream.tokens[start : start + 33], stream.row[start : start + 33]
         begins = torch.tensor(np.flatnonzero(np.diff(row[:-1], prepend=-1)), dtype=torch.int32)
@@ -170,7 +187,14 @@ def test_documents_keep_to_themselves(world: World) -> None:
         with torch.no_grad():
             logits = model(inputs, documents)[0].double().log_softmax(-1)
         nats -= logits[torch.arange(len(tokens) - 1), torch.from_numpy(tokens[1:].astype(np.int64))].sum().item()
+        # What a count is predicted from: the tokens of its own recording before it in the window.
+        seen = [int((row[:place] == row[place]).sum()) for place in range(1, len(row))]
+        positions += [size - 1 for size, token in zip(seen, tokens[1:], strict=True) if token != 255]
     assert found["overall"]["nats_per_token_with_bos"] == pytest.approx(nats / (len(stream.tokens) - 1), rel=1e-6)
+    edges = [0, 1, 2, 4, 8, 16, 32]
+    assert [(entry["from"], entry["tokens"]) for entry in found["loss_by_position"]] == list(
+        zip(edges, np.histogram(positions, edges)[0].tolist(), strict=False)
+    )
 
 
 def test_nulls_of_whole_real_recordings(real_recordings: Path) -> None:
@@ -251,7 +275,9 @@ enable_tensorboard = false
         printed = self.evaluate(
             folder, tmp_path, "--checkpoint", str(folder / "run/checkpoint"), "--all_steps", "--max_windows", "3"
         )
-        two, four = (json.loads((tmp_path / f"evaluation/step-{step}.json").read_text()) for step in (2, 4))
+        two, four = (
+            json.loads((tmp_path / f"evaluation/step-{step}.max_windows-3.json").read_text()) for step in (2, 4)
+        )
         assert (two["step"], four["step"]) == (2, 4)
         assert two["checkpoint"] == str(folder / "run/checkpoint/step-2")
         assert four["overall"]["nats_per_token"] < two["overall"]["nats_per_token"]
@@ -263,7 +289,7 @@ enable_tensorboard = false
 
     def test_random_weights(self, folder: Path, tmp_path: Path) -> None:
         self.evaluate(folder, tmp_path, "--split", "train")
-        found = json.loads((tmp_path / "evaluation/random.json").read_text())
+        found = json.loads((tmp_path / "evaluation/random.train.json").read_text())
         assert (found["checkpoint"], found["step"], found["data"]["split"]) == (None, None, "train")
         assert found["overall"]["bits_per_spike"] < 0
         assert found["overall"]["tokens"] == 6 * 60
@@ -289,6 +315,90 @@ def test_weights_that_are_not_a_run_s(world: World, tmp_path: Path) -> None:
     over = Pass(*in_memory(rows), seq_len=32, vocab_size=256)
     expected = scored_by_hand(model, Stream(rows), list(range(0, over.windows.num_tokens - 1, 32)), 32, 0)
     assert found[0]["overall"]["bits_per_spike"] == pytest.approx(expected["overall"]["bits_per_spike"], rel=2e-6)
+
+
+def test_evaluations_lie_beside_each_other(world: World, tmp_path: Path) -> None:
+    """One file and a group of pictures for each way to pass over the data; only the same one is replaced."""
+    rows = random_recordings([(5, 40), (3, 30)])
+    data = write_recordings(tmp_path / "recordings", {"train": rows, "test": rows})
+    argv = [*SMALL[2:], "--training.dataset_path", str(data), "--job.dump_folder", str(tmp_path)]
+    argv += ["--training.num_workers", "0"]
+    ways = {
+        "random": (),
+        "random.train.source_dataset-tests": ("--split", "train", "--source_dataset", "tests", "tests"),
+        "random.max_windows-2": ("--max_windows", "2"),
+        "random.min_context-8.overlap": ("--min_context", "8", "--overlap"),
+    }
+    for _ in range(2):
+        for way in ways.values():
+            evaluate(*parse([*argv, *way], ""), world)
+    folder = tmp_path / "evaluation"
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert set(found) == set(ways)
+    assert found["random.max_windows-2"]["settings"]["max_windows"] == 2
+    kinds = ("sources", "context", "calibration")
+    assert {path.stem for path in folder.glob("plots/*")} == {f"{way}-{kind}" for way in ways for kind in kinds}
+    events = EventAccumulator(str(tmp_path / "tb/evaluation"))
+    events.Reload()
+    groups = [way.removeprefix("random").removeprefix(".") for way in ways]
+    assert set(events.Tags()["images"]) == {f"{group}/{kind}".lstrip("/") for group in groups for kind in kinds}
+    for more, difference in (
+        (("--training.seq_len", "16"), "seq_len is 32 there and 16 here"),
+        (("--training.document_mask",), "document_mask is False there and True here"),
+    ):
+        with pytest.raises(ValueError, match=rf"random.json is an evaluation of something else: {difference}"):
+            evaluate(*parse([*argv, *more], ""), world)
+
+
+def test_a_table_of_several_runs_names_them(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = random_recordings([(5, 40)])
+    data = write_recordings(tmp_path / "recordings", {"train": rows, "test": rows})
+    saved(world, tmp_path / "one", steps=(1,))
+    saved(world, tmp_path / "other", steps=(2,))
+    argv = [*SMALL[2:], "--training.dataset_path", str(data), "--job.dump_folder", str(tmp_path)]
+    checkpoints = [str(tmp_path / f"{run}/checkpoint") for run in ("one", "other")]
+    evaluate(*parse([*argv, "--training.num_workers", "0", "--checkpoint", *checkpoints], ""), world)
+    printed = capsys.readouterr().out
+    curve = printed[printed.rindex("checkpoint  ") :].splitlines()
+    assert [line.split("  ")[0] for line in curve[2:4]] == ["one, step 1", "other, step 2"]
+
+
+@pytest.mark.parametrize("vocab_size", [8, 256])
+def test_clipped_counts_are_counted(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, vocab_size: int
+) -> None:
+    """Of the scored tokens alone, and not twice where windows meet; 255 is clipped with any vocabulary."""
+    rows = random_recordings([(5, 40), (3, 30)])
+    rows[0][:, [0, 7]] = 255
+    over = Pass(*in_memory(rows), seq_len=32, vocab_size=vocab_size, min_context=9)
+    stream = np.concatenate([np.insert(row.T, 0, 0, axis=1).reshape(-1) for row in rows])
+    places = np.concatenate([np.arange(*over.scored(window)) for window in over.chosen])
+    accumulator = Accumulator(over)
+    tokens = np.zeros(33, np.uint8)
+    for window in over.chosen:
+        over.windows.read(window, tokens)
+        start, stop = over.scored(window)
+        labels = tokens[1 + over.lead : 1 + over.lead + stop - start].copy()
+        nats = np.ones(len(labels), np.float32)
+        accumulator.add(WindowScore(window, labels, nats, nats, np.zeros(vocab_size - 1)))
+    totals = accumulator.finish()
+    expected = int((stream[places] > vocab_size - 2).sum())
+    assert 0 < expected < (stream > vocab_size - 2).sum()
+    assert results(totals)["overall"]["clipped_counts"] == expected
+    with caplog.at_level("WARNING"):
+        warn_of_clipped(totals.overall, vocab_size)
+    assert f"{expected:,} of " in caplog.text + capsys.readouterr().err
+
+
+def test_many_sources_have_a_short_name() -> None:
+    def way(*sources: str) -> str:
+        return parse(["--training.dataset", "synthetic", "--source_dataset", *sources], "")[0].way
+
+    assert way("b/c", "a") == "source_dataset-a+b%2Fc"
+    many = [f"a source with a long name, {i}" for i in range(9)]
+    assert len(way(*many)) < 40
+    assert way(*many) == way(*many[::-1])
+    assert way(*many) != way(*many[1:], "another")
 
 
 def test_several_passes_of_one_model(world: World, tmp_path: Path) -> None:

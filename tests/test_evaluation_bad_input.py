@@ -36,6 +36,10 @@ def on(recordings: str, folder: Path, *more: str) -> list[str]:
         (["--sources", "x"], r"--sources: unknown flag; did you mean --source_dataset\?"),
         (["--checkpoint"], "argument --checkpoint: expected at least one argument"),
         (["--overlap"], "--overlap: needs a --min_context of at least 2"),
+        (
+            ["--min_context", "2", "--training.document_mask"],
+            r"training\.document_mask: .* --min_context 2 counts from",
+        ),
         (["--all_steps"], "--all_steps: needs a --checkpoint"),
         (["--training.stps", "3"], r"--training.stps: unknown key; did you mean training\.steps\?"),
         (["--model.n_heads", "3"], "model.n_heads: 3 does not divide"),
@@ -47,6 +51,14 @@ def on(recordings: str, folder: Path, *more: str) -> list[str]:
 def test_arguments(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(["--training.dataset", "synthetic", *arguments], "")
+
+
+def test_flags_that_are_given_twice_add_up() -> None:
+    twice = ["--checkpoint", "a", "b", "--checkpoint", "c", "--source_dataset", "x", "--source_dataset", "y", "z"]
+    for _ in range(2):
+        arguments, _ = parse(["--training.dataset", "synthetic", *twice], "")
+        assert arguments.checkpoints == [Path("a"), Path("b"), Path("c")]
+        assert arguments.source_datasets == ["x", "y", "z"]
 
 
 def test_what_only_training_needs_is_not_checked() -> None:
@@ -91,6 +103,19 @@ def test_two_checkpoints_that_would_be_written_to_one_file(world: World, recordi
     both = ("--checkpoint", str(tmp_path / "one/checkpoint"), str(tmp_path / "other/checkpoint"))
     with pytest.raises(ValueError, match=r"one/checkpoint/step-1, .*other/checkpoint/step-1 would all be written to"):
         evaluate(*parse(on(recordings, tmp_path, *both), ""), world)
+
+
+def test_an_evaluation_of_another_run_is_not_overwritten(world: World, recordings: str, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        saved(world, tmp_path / name)
+    one, other = (
+        on(recordings, tmp_path, "--checkpoint", str(tmp_path / name / "checkpoint")) for name in ("one", "other")
+    )
+    evaluate(*parse(one, ""), world)
+    with pytest.raises(
+        ValueError, match=r"step-1\.json is .*: checkpoint is .*one.* there and .*other.* here; move it"
+    ):
+        evaluate(*parse(other, ""), world)
 
 
 @pytest.mark.parametrize(("more", "status"), [(("--split", "valid"), 1), (("--max_window", "3"), 2)])

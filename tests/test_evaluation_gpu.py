@@ -34,6 +34,6 @@ def test_validation_changes_no_bit_of_training_and_is_an_evaluation(tmp_path: Pa
     command = train_command(*RUN, "--job.dump_folder", str(tmp_path / "validated"), *checkpoint)
     done = run([command[0], "evaluate.py", *command[2:]], CUDA_VISIBLE_DEVICES=GPU)
     assert done.returncode == 0, done.stdout
-    found = json.loads((tmp_path / "validated/evaluation/step-6.json").read_text())["overall"]
+    found = json.loads((tmp_path / "validated/evaluation/step-6.max_windows-7.json").read_text())["overall"]
     for name in ("nats_per_token", "bits_per_spike"):
         assert found[name] == pytest.approx(validated[-1][f"validation_{name}"], rel=1e-6)

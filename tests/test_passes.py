@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import in_memory, random_recordings
-from torchtitan.evaluation.passes import Pass, Rounds, of_sources
+from torchtitan.config.schema import Training
+from torchtitan.distributed.world import World
+from torchtitan.evaluation.passes import Pass, Rounds, of_sources, open_held_out
 
 sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 8)), min_size=1, max_size=6)
 
@@ -78,6 +80,14 @@ def test_rounds(num_windows: int, batch_size: int, num_ranks: int) -> None:
     # No more is repeated than fills the last round.
     repeated = sum(Counter(window for mine in batches for batch in mine for window in batch).values()) - num_windows
     assert repeated < batch_size * num_ranks
+
+
+def test_synthetic_data_has_two_splits(world: World) -> None:
+    training = Training(dataset="synthetic")
+    train, test = (open_held_out(training, world, split, "--split")[1] for split in ("train", "test"))
+    assert train.fingerprint != test.fingerprint
+    with pytest.raises(ValueError, match=r'validation\.split = "tset": synthetic data has only train, test'):
+        open_held_out(training, world, "tset", "validation.split")
 
 
 class TestSources:

@@ -157,6 +157,26 @@ def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert printed == [str(tmp_path / "out" / f"{name}.png") for name in [*names, "learning_curve"]]
 
 
+def test_the_pictures_are_of_the_newest_plain_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder(tmp_path / "run", steps=(90,))
+    other = evaluation(180)
+    other["settings"]["min_context"] = 16
+    other["data"]["description"] = "Aufnahmen der Kröte"
+    (run / "evaluation/step-180.min_context-16.json").write_text(
+        json.dumps(other, ensure_ascii=False), encoding="utf-8"
+    )
+    main([str(run)])
+    assert (run / "plots/step-90-sources.png").exists()
+    assert "step-180" not in capsys.readouterr().out
+    (run / "evaluation/step-90.json").unlink()
+    # Whatever the encoding of the environment.
+    command = [sys.executable, "-X", "utf8=0", "-m", "torchtitan.plots", str(run)]
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "plots/step-180.min_context-16-sources.png" in done.stdout
+
+
 def test_the_command_draws_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_folder(tmp_path / "run", steps=(90,))
     (run / "metrics.jsonl").unlink()
@@ -182,7 +202,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([run.parent], f"holds neither a metrics.jsonl nor an evaluation/*.json; did you mean {run}?"),
         ([empty], "empty: no step is logged yet"),
         ([broken], "step-90.json: not JSON"),
-        ([old], "step-90.json: format 0, not 1: evaluate the checkpoint again"),
+        ([old], "step-90.json: format 0, not 2: evaluate the checkpoint again"),
         ([run, "--output", tmp_path / "file"], "file: File exists"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -71,7 +71,7 @@ def test_the_figures_are_those_of_an_evaluation(config_file: str, validated: Pat
     command = train_command(*arguments(config_file, tmp_path, *checkpoint))
     done = run([command[0], "evaluate.py", *command[2:]])
     assert done.returncode == 0, done.stdout
-    overall = json.loads((tmp_path / f"evaluation/step-{STEPS}.json").read_text())["overall"]
+    overall = json.loads((tmp_path / f"evaluation/step-{STEPS}.max_windows-5.json").read_text())["overall"]
     assert (overall["nats_per_token"], overall["bits_per_spike"]) == figures(validated)[STEPS]
 
 

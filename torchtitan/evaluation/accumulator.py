@@ -3,17 +3,24 @@
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan.data.tokens import bos_token
+from torchtitan.data.tokens import bos_token, largest_count
 from torchtitan.evaluation.passes import Pass
 from torchtitan.evaluation.recording import NUM_EDGES, Piece, RecordingScore, Sums, score_recording
 from torchtitan.evaluation.scoring import WindowScore
+from torchtitan.logging import logger
 
-Session = tuple[str, str, str]
-"""source_dataset, subject_id, session_id."""
+
+class Session(NamedTuple):
+    """Recordings are of one where all of these columns are the same."""
+
+    source_dataset: str
+    subject_id: str
+    session_id: str
 
 
 @dataclass
@@ -45,18 +52,27 @@ class Totals:
     def sources(self) -> dict[str, Sums]:
         """The sums of each source dataset."""
         sources: dict[str, Sums] = {}
-        for (source, _, _), sums in self.sessions.items():
-            sources.setdefault(source, Sums())
-            sources[source] += sums
+        for session, sums in self.sessions.items():
+            sources.setdefault(session.source_dataset, Sums())
+            sources[session.source_dataset] += sums
         return sources
+
+
+def warn_of_clipped(sums: Sums, vocab_size: int) -> None:
+    """Says how many of the scored counts are not the recorded ones, if any."""
+    if sums.clipped:
+        logger.warning(
+            f"{sums.clipped:,} of {sums.tokens:,} scored counts were clipped to {largest_count(vocab_size)}, the "
+            f"largest with training.vocab_size = {vocab_size}; nulls are of the clipped counts, too"
+        )
 
 
 class Accumulator:
     """Takes the windows of a pass in order. Recordings that are complete are worked on by threads, a few at a time."""
 
-    def __init__(self, over: Pass, *, nulls: bool = True, num_threads: int = 1) -> None:
-        """`nulls`: see `score_recording`."""
-        self.over, self.nulls = over, nulls
+    def __init__(self, over: Pass, *, nulls: bool = True, document_mask: bool = False, num_threads: int = 1) -> None:
+        """`nulls`: see `score_recording`; `document_mask`: the model has seen of each recording nothing before it."""
+        self.over, self.nulls, self.document_mask = over, nulls, document_mask
         self.ids = over.windows.recordings.ids()
         self.bos = bos_token(over.windows.vocab_size)
         self.totals = Totals(np.zeros(self.bos), np.zeros(self.bos, np.int64))
@@ -79,6 +95,8 @@ class Accumulator:
                 self.recording = recording
             part = slice(done, done + length)
             position = start + done - score.window * windows.stride - 1
+            if self.document_mask:
+                position = min(position, first - 1)
             self.pieces.append(Piece(first, position, score.labels[part], score.nats[part], score.rates[part]))
             done += length
 
@@ -92,8 +110,11 @@ class Accumulator:
     def _close(self) -> None:
         """Gives the open recording, if there is one, to a thread; waits where too many are under way."""
         if self.pieces:
-            neurons = int(self.over.windows.index.neurons[self.recording])
-            scored = self.pool.submit(score_recording, neurons, self.pieces, nulls=self.nulls)
+            windows, index = self.over.windows, self.over.windows.index
+            row, neurons, bins = (int(column[self.recording]) for column in (index.rows, index.neurons, index.bins))
+            recorded = windows.recordings.spike_counts(row, neurons, bins)
+            clipped = recorded if recorded.max() > largest_count(windows.vocab_size) else None
+            scored = self.pool.submit(score_recording, neurons, self.pieces, nulls=self.nulls, recorded=clipped)
             self.under_way.append((self.recording, scored))
             self.pieces = []
             self._take(self.at_most)
@@ -104,7 +125,7 @@ class Accumulator:
             recording, scored = self.under_way.popleft()
             score = scored.result()
             row = int(self.over.windows.index.rows[recording])
-            session = (self.ids["source_dataset"][row], self.ids["subject_id"][row], self.ids["session_id"][row])
+            session = Session(*(self.ids[column][row] for column in Session._fields))
             self.totals.sessions.setdefault(session, Sums())
             self.totals.sessions[session] += score.sums
             self.totals.by_position += score.by_position

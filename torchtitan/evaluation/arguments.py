@@ -2,15 +2,23 @@
 
 import argparse
 import difflib
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import quote
 
 from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.config.load import COMMAND_LINE, Problem
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.degrees import check_degrees
 from torchtitan.models.llama.shape import check_shape
+
+DEFAULT_SPLIT = "test"
+LONGEST_SOURCES = 80
+"""Characters of the names of sources in a file's name."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,24 @@ class Arguments:
     max_windows: int | None
     min_context: int
     overlap: bool
+
+    @property
+    def way(self) -> str:
+        """How the pass differs from the plain one over the test split, for names of files; empty where it does not."""
+        parts = [] if self.split == DEFAULT_SPLIT else [quote(self.split)]
+        if self.source_datasets:
+            sources = "+".join(quote(source, safe="") for source in self.source_datasets)
+            if len(sources) > LONGEST_SOURCES:
+                digest = hashlib.sha256(sources.encode()).hexdigest()[:8]
+                sources = f"{len(self.source_datasets)}-{digest}"
+            parts.append(f"source_dataset-{sources}")
+        if self.max_windows is not None:
+            parts.append(f"max_windows-{self.max_windows}")
+        if self.min_context > 0:
+            parts.append(f"min_context-{self.min_context}")
+        if self.overlap:
+            parts.append("overlap")
+        return ".".join(parts)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +73,7 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
     parser.add_argument(
         "--checkpoint",
         nargs="+",
+        action="extend",
         type=Path,
         default=[],
         metavar="PATH",
@@ -56,8 +83,12 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
     parser.add_argument(
         "--all_steps", action="store_true", help="all steps of each --checkpoint that is a folder of them"
     )
-    parser.add_argument("--split", default="test", metavar="NAME", help="split to evaluate on (default: test)")
-    parser.add_argument("--source_dataset", nargs="+", default=[], metavar="NAME", help="only rows of these sources")
+    parser.add_argument(
+        "--split", default=DEFAULT_SPLIT, metavar="NAME", help=f"split to evaluate on (default: {DEFAULT_SPLIT})"
+    )
+    parser.add_argument(
+        "--source_dataset", nargs="+", action="extend", default=[], metavar="NAME", help="only rows of these sources"
+    )
     parser.add_argument(
         "--max_windows", type=_positive, metavar="K", help="score that many windows, spread evenly over the split"
     )
@@ -83,11 +114,27 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
         problems.append(Problem(COMMAND_LINE, "--all_steps", "needs a --checkpoint, the folder of the steps"))
     if problems:
         raise ConfigError(problems)
-    config = load_config(rest, [check_shape, lambda config: check_degrees(_for_evaluation(config))])
+    checks = [check_shape, lambda config: check_degrees(_for_evaluation(config)), partial(_check_mask, own.min_context)]
+    config = load_config(rest, checks)
     arguments = Arguments(
-        own.checkpoint, own.all_steps, own.split, own.source_dataset, own.max_windows, own.min_context, own.overlap
+        own.checkpoint,
+        own.all_steps,
+        own.split,
+        sorted(set(own.source_dataset)),
+        own.max_windows,
+        own.min_context,
+        own.overlap,
     )
     return arguments, _for_evaluation(config)
+
+
+def _check_mask(min_context: int, config: JobConfig) -> Iterator[tuple[str, str]]:
+    if config.training.document_mask and min_context > 1:
+        yield (
+            "training.document_mask",
+            f"with it a token's context begins with its recording, where --min_context {min_context} counts from the "
+            "beginning of the window; leave out one of them",
+        )
 
 
 def _for_evaluation(config: JobConfig) -> JobConfig:

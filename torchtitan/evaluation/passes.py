@@ -14,6 +14,9 @@ from torchtitan.data.windows import RecordedWindows, Rows
 from torchtitan.distributed.open_data import open_split
 from torchtitan.distributed.world import World
 
+SYNTHETIC_SPLITS = ("train", "test")
+"""Those that synthetic data is taken to have, as a pile does: any name would make some."""
+
 
 class Pass:
     """Windows over the stream of recordings, and which of their labels count.
@@ -120,6 +123,8 @@ def open_held_out(training: Training, world: World, split: str, named: str) -> t
         ValueError: where they cannot be used; an absent split by the name of the setting that has given it.
     """
     if training.dataset == "synthetic":
+        if split not in SYNTHETIC_SPLITS:
+            raise ValueError(f'{named} = "{split}": synthetic data has only {", ".join(SYNTHETIC_SPLITS)}')
         made = SyntheticRecordings(kind=training.synthetic_kind, split=split, seed=training.seed)
         return made, made.index
     return open_split(training, world, split, named)

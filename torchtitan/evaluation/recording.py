@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torchtitan.data.tokens import Counts
 from torchtitan.evaluation.nulls import histogram_nats, ngram_nats, poisson_nats
 from torchtitan.evaluation.rates import RateSums, rate_sums
 
@@ -22,8 +23,9 @@ class Piece:
 
     Attributes:
         first: place of the first of them in the recording, in tokens.
-        position: place of the first of them among the labels of its window. At position 0 there is one token to
-            predict from, and one more at each further position.
+        position: how much the first of them is predicted from: at position 0 from one token, and from one more at
+            each further position. Without a mask of documents its place among the labels of its window; with one a
+            recording begins at -1, BOS, of which no position is kept.
         labels: the tokens, uint8.
         nats: negative log likelihood of each, float32.
         rates: expected count at each, float32; where the token is BOS without meaning.
@@ -41,10 +43,11 @@ class Sums:
     """Additive figures of one or more recordings, over exactly the scored tokens.
 
     Attributes:
-        rows, neurons: recordings, and their neurons.
+        rows, neurons: recordings, and their neurons: one that stands in several recordings counts in each.
         bins: scored counts a neuron.
         tokens, bos_tokens: scored counts, and scored BOS.
         spikes: sum of the counts.
+        clipped: scored counts that were clipped.
         nats, bos_nats: the model's negative log likelihood of counts and of BOS.
         poisson, histogram, ngram: the nulls' of the counts.
         rates: how the predicted rate follows the activity.
@@ -56,6 +59,7 @@ class Sums:
     tokens: int = 0
     bos_tokens: int = 0
     spikes: int = 0
+    clipped: int = 0
     nats: float = 0.0
     bos_nats: float = 0.0
     poisson: float = 0.0
@@ -77,8 +81,8 @@ class RecordingScore:
 
     Attributes:
         sums: over all of its scored tokens.
-        by_position: tokens, spikes, nats and Poisson's nats of its counts by `geometric_bin` of their position in
-            the window, float64 [NUM_EDGES, 4].
+        by_position: tokens, spikes, nats and Poisson's nats of its counts by `geometric_bin` of their position, float64
+            [NUM_EDGES, 4].
         by_time: the same by that of the seconds since the recording began.
     """
 
@@ -95,7 +99,7 @@ class Matrices:
         counts: uint8.
         scored: bool.
         nats, rates: float32.
-        positions: geometric bin of the position in the window, uint8.
+        positions: geometric bin of the position, uint8.
         bins: each row's bin in the recording, int64 [bins].
         stretches: rows at which a bin is not the one after that of the row before.
         bos_tokens, bos_nats: number of BOS among the scored tokens, and nats of them.
@@ -117,10 +121,13 @@ def geometric_bin(values: NDArray[np.integer] | NDArray[np.floating]) -> NDArray
     return np.frexp(np.asarray(values, np.float64))[1].clip(0).astype(np.uint8)
 
 
-def score_recording(num_neurons: int, pieces: list[Piece], *, nulls: bool = True) -> RecordingScore:
+def score_recording(
+    num_neurons: int, pieces: list[Piece], *, nulls: bool = True, recorded: Counts | None = None
+) -> RecordingScore:
     """What a recording of that many neurons contributes; `pieces` are all of it that is scored, in order.
 
-    Without `nulls` the costly ones stay 0: histogram, n-gram, and the comparison of rates.
+    Without `nulls` the costly ones stay 0: histogram, n-gram, and the comparison of rates. `recorded`, uint8 [neurons,
+    bins], are its counts before they became tokens, where some may have been clipped.
     """
     m = assemble(num_neurons, pieces)
     poisson = poisson_nats(m.counts, m.scored)
@@ -143,6 +150,8 @@ def score_recording(num_neurons: int, pieces: list[Piece], *, nulls: bool = True
         sums.histogram = histogram_nats(m.counts, m.scored)
         sums.ngram = ngram_nats(m.counts, m.scored)
         sums.rates = rate_sums(m.rates, m.counts, m.scored, m.stretches, BIN_SECONDS)
+    if recorded is not None:
+        sums.clipped = int(((recorded.T[m.bins] != m.counts) & m.scored).sum())
     times = geometric_bin(m.bins * BIN_SECONDS)
     return RecordingScore(
         sums,

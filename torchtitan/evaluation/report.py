@@ -2,29 +2,33 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from torchtitan.evaluation.accumulator import Totals
+from torchtitan.evaluation.accumulator import Session, Totals
 from torchtitan.evaluation.recording import BIN_SECONDS, NATS, POISSON, SPIKES, TOKENS, Sums
+from torchtitan.plots.names import distinct_names
 
-FORMAT = 1
+FORMAT = 2
 Evaluation = dict[str, Any]
 
 
 def results(totals: Totals) -> Evaluation:
     """What a pass has found, ready for JSON: the part of an evaluation that depends on model and data alone."""
     sessions_of: dict[str, int] = {}
-    for source, _, _ in totals.sessions:
-        sessions_of[source] = sessions_of.get(source, 0) + 1
+    for session in totals.sessions:
+        sessions_of[session.source_dataset] = sessions_of.get(session.source_dataset, 0) + 1
     return {
         "bin_seconds": BIN_SECONDS,
         "overall": group(totals.overall, len(totals.sessions)),
         "sources": {source: group(sums, sessions_of[source]) for source, sums in totals.sources.items()},
-        "sessions": {"/".join(session): group(sums, 1) for session, sums in totals.sessions.items()},
+        "sessions": {
+            _key(session): {**session._asdict(), **group(sums, 1)} for session, sums in totals.sessions.items()
+        },
         "loss_by_position": bins(totals.by_position),
         "loss_by_time": bins(totals.by_time),
         "calibration": [
@@ -34,8 +38,13 @@ def results(totals: Totals) -> Evaluation:
     }
 
 
+def _key(session: Session) -> str:
+    """Its columns as a path, a slash inside of one written as in an address: no two sessions have the same."""
+    return "/".join(column.replace("%", "%25").replace("/", "%2F") for column in session)
+
+
 def group(sums: Sums, sessions: int) -> Evaluation:
-    """Figures of some recordings together; None where one is not defined."""
+    """Figures of some recordings together; None where one is not defined. `neurons` counts those of each row."""
     all_tokens = sums.tokens + sums.bos_tokens
     return {
         "rows": sums.rows,
@@ -45,6 +54,7 @@ def group(sums: Sums, sessions: int) -> Evaluation:
         "tokens": sums.tokens,
         "tokens_with_bos": all_tokens,
         "spikes": sums.spikes,
+        "clipped_counts": sums.clipped,
         "mean_rate_hz": _ratio(sums.spikes, sums.tokens * BIN_SECONDS),
         "nats_per_token": _ratio(sums.nats, sums.tokens),
         "nats_per_token_with_bos": _ratio(sums.nats + sums.bos_nats, all_tokens),
@@ -104,14 +114,23 @@ def tables(evaluation: Evaluation) -> str:
 
 
 def learning_curve(evaluations: Sequence[Evaluation]) -> str:
-    """A row a checkpoint, oldest first."""
-    return _table([(_name(evaluation), evaluation["overall"]) for evaluation in evaluations], _CURVE, "checkpoint")
+    """A row a checkpoint, oldest first; named by its run, too, where there are several."""
+    of_steps = [evaluation["checkpoint"] for evaluation in evaluations if evaluation["step"] is not None]
+    folders = sorted({str(PurePath(checkpoint).parent) for checkpoint in of_steps})
+    runs = dict(zip(folders, distinct_names(folders), strict=True)) if len(folders) > 1 else {}
+    return _table(
+        [(_name(evaluation, runs), evaluation["overall"]) for evaluation in evaluations], _CURVE, "checkpoint"
+    )
 
 
-def _name(evaluation: Evaluation) -> str:
+def _name(evaluation: Evaluation, runs: Mapping[str, str]) -> str:
+    """What a checkpoint is called by, `runs` being names of folders of steps, where there are several."""
     if evaluation["checkpoint"] is None:
         return "random weights"
-    return evaluation["checkpoint"] if evaluation["step"] is None else f"step {evaluation['step']}"
+    if evaluation["step"] is None:
+        return evaluation["checkpoint"]
+    run = runs.get(str(PurePath(evaluation["checkpoint"]).parent))
+    return f"step {evaluation['step']}" if run is None else f"{run}, step {evaluation['step']}"
 
 
 Column = tuple[str, Callable[[Evaluation], str]]
@@ -124,7 +143,7 @@ def _figure(key: str, digits: int) -> Callable[[Evaluation], str]:
 _DATA: list[Column] = [
     ("rows", _figure("rows", 0)),
     ("sessions", _figure("sessions", 0)),
-    ("neurons", _figure("neurons", 0)),
+    ("neurons of rows", _figure("neurons", 0)),
     ("bins", _figure("bins", 0)),
     ("counts", _figure("tokens", 0)),
     ("spikes", _figure("spikes", 0)),

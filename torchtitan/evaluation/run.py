@@ -16,7 +16,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.degrees import Degrees
 from torchtitan.distributed.parallelize import build_model, init_weights
 from torchtitan.distributed.world import World, build_mesh, from_rank_zero
-from torchtitan.evaluation.accumulator import Accumulator, Totals
+from torchtitan.evaluation.accumulator import Accumulator, Totals, warn_of_clipped
 from torchtitan.evaluation.arguments import Arguments
 from torchtitan.evaluation.passes import Pass, of_sources, open_held_out
 from torchtitan.evaluation.report import FORMAT, Evaluation, learning_curve, results, tables
@@ -51,8 +51,10 @@ def evaluate(arguments: Arguments, config: JobConfig, world: World) -> None:
     )
     model = build_model(config, build_mesh(Degrees.of(training, world.size), world.device), world.device)
     sources = [find_weights(model, *_asked(path, config)) for path in _checkpoints(arguments)]
-    names = [_name(source) for source in sources] or ["random"]
+    names = [".".join(filter(None, (_name(source), arguments.way))) for source in sources or [None]]
     _check_names(names, sources)
+    about = [_about(source, model, over, arguments, config) for source in sources or [None]]
+    from_rank_zero(lambda: _check_kept(folder, names, about))
     logger.info(
         f"evaluating {len(names)} checkpoints of a model of {model.shape.num_params:,} parameters on "
         f"{recordings.description}: {len(index.rows):,} recordings, {over.num_scored:,} tokens in "
@@ -61,21 +63,23 @@ def evaluate(arguments: Arguments, config: JobConfig, world: World) -> None:
     )
     init_weights(model, world.device, training.seed)
     evaluations = []
-    for name, source in zip(names, sources or [None], strict=True):
+    for name, source, subject in zip(names, sources or [None], about, strict=True):
         if source is not None:
             load_weights(model, source)
         totals = score(model, over, config, world)
         if totals is None:
             continue
-        evaluation = {**_about(source, model, over, arguments, config), **results(totals)}
+        if not evaluations:
+            warn_of_clipped(totals.overall, training.vocab_size)
+        evaluation = {**subject, "time": time.time(), **results(totals)}
         evaluations.append(evaluation)
         path = folder / f"{name}.json"
         _write(path, evaluation)
-        pictures = _draw(evaluation, name, folder, config)
+        pictures = _draw(evaluation, name, arguments, folder, config)
         print(f"\n{name}\n\n{tables(evaluation)}\n\nwritten to {path}{pictures}", flush=True)
     if len(evaluations) > 1:
         evaluations.sort(key=lambda evaluation: -1 if evaluation["step"] is None else evaluation["step"])
-        pictures = _draw_learning_curve(evaluations, folder, config)
+        pictures = _draw_learning_curve(evaluations, arguments, folder, config)
         print(f"\n{learning_curve(evaluations)}{pictures}", flush=True)
 
 
@@ -95,7 +99,8 @@ def score(model: Transformer, over: Pass, config: JobConfig, world: World) -> To
             raise AssertionError("only rank 0 is given scores")
         return None
     processors = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    accumulator = Accumulator(over, num_threads=max(1, min(processors, 4)))
+    threads = max(1, min(processors, 4))
+    accumulator = Accumulator(over, document_mask=training.document_mask, num_threads=threads)
     for window in _reported(scorer.score(), over.num_scored):
         accumulator.add(window)
     return accumulator.finish()
@@ -118,23 +123,29 @@ def _reported(windows: Iterable[WindowScore], num_tokens: int) -> Iterator[Windo
     logger.info(f"{done:,} tokens in {time.monotonic() - started:.1f} s")
 
 
-def _draw(evaluation: Evaluation, name: str, folder: Path, config: JobConfig) -> str:
+def _draw(evaluation: Evaluation, name: str, arguments: Arguments, folder: Path, config: JobConfig) -> str:
     """Draws what one evaluation shows; returns what there is to say of it."""
     from torchtitan.plots.scores import pictures
 
-    return _keep(pictures(evaluation), f"{name}-", evaluation["step"] or 0, folder, config)
+    return _keep(pictures(evaluation), f"{name}-", arguments, evaluation["step"] or 0, folder, config)
 
 
-def _draw_learning_curve(evaluations: list[Evaluation], folder: Path, config: JobConfig) -> str:
+def _draw_learning_curve(evaluations: list[Evaluation], arguments: Arguments, folder: Path, config: JobConfig) -> str:
     """As `_draw`, of several checkpoints."""
     from torchtitan.plots.scores import learning_curve as draw_curve
 
     figures = {"learning_curve": draw_curve(evaluations)}
-    return _keep(figures, "", evaluations[-1]["step"] or 0, folder, config)
+    prefix = f"{arguments.way}-" if arguments.way else ""
+    return _keep(figures, prefix, arguments, evaluations[-1]["step"] or 0, folder, config)
 
 
-def _keep(figures: dict[str, Any], prefix: str, step: int, folder: Path, config: JobConfig) -> str:
-    """To files, and to TensorBoard in a folder beside the run's own, which the run may still write to."""
+def _keep(
+    figures: dict[str, Any], prefix: str, arguments: Arguments, step: int, folder: Path, config: JobConfig
+) -> str:
+    """To files, and to TensorBoard in a folder beside the run's own, which the run may still write to.
+
+    There a pass that is not the plain one is a group of its own.
+    """
     from torchtitan.plots.board import to_tensorboard
     from torchtitan.plots.style import save
 
@@ -142,7 +153,8 @@ def _keep(figures: dict[str, Any], prefix: str, step: int, folder: Path, config:
         save(figure, folder / "plots" / f"{prefix}{name}.png")
     if config.metrics.enable_tensorboard:
         board = Path(config.job.dump_folder) / config.metrics.save_tb_folder / "evaluation"
-        to_tensorboard(board, figures, step)
+        group = f"{arguments.way}/" if arguments.way else ""
+        to_tensorboard(board, {f"{group}{name}": figure for name, figure in figures.items()}, step)
     return f"\npictures in {folder / 'plots'}"
 
 
@@ -163,8 +175,10 @@ def _asked(path: Path, config: JobConfig) -> tuple[Any, str]:
     return config.checkpoint.model_copy(update={"init_from": str(path), "init_missing_keys": []}), "--checkpoint"
 
 
-def _name(source: Source) -> str:
+def _name(source: Source | None) -> str:
     """What the files of a checkpoint's evaluation are called by."""
+    if source is None:
+        return "random"
     return source.folder.resolve().name if source.step is None else f"step-{source.step}"
 
 
@@ -178,6 +192,28 @@ def _check_names(names: list[str], sources: list[Source]) -> None:
         )
 
 
+def _check_kept(folder: Path, names: list[str], about: list[Evaluation]) -> None:
+    """An evaluation is only replaced by one of the same checkpoint on the same tokens."""
+    for name, new in zip(names, about, strict=True):
+        path = folder / f"{name}.json"
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            continue
+        if old["format"] != FORMAT:
+            continue
+        for key, there, here in (
+            ("checkpoint", old["checkpoint"], new["checkpoint"]),
+            *((key, old["data"][key], new["data"][key]) for key in ("split", "source_datasets", "fingerprint")),
+            *((key, old["settings"][key], new["settings"][key]) for key in ("seq_len", "document_mask")),
+        ):
+            if there != here:
+                raise ValueError(
+                    f"{path} is an evaluation of something else: {key} is {there} there and {here} here; move it away "
+                    "or give another --job.dump_folder"
+                )
+
+
 def _about(
     source: Source | None, model: Transformer, over: Pass, arguments: Arguments, config: JobConfig
 ) -> Evaluation:
@@ -187,7 +223,6 @@ def _about(
         "format": FORMAT,
         "checkpoint": None if source is None else str(source.folder.absolute()),
         "step": None if source is None else source.step,
-        "time": time.time(),
         "model": asdict(model.shape),
         "data": {
             "description": windows.recordings.description,

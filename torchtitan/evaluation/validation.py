@@ -3,7 +3,7 @@
 from torchtitan.config import JobConfig
 from torchtitan.distributed.watchdog import Watchdog
 from torchtitan.distributed.world import World
-from torchtitan.evaluation.accumulator import Accumulator
+from torchtitan.evaluation.accumulator import Accumulator, warn_of_clipped
 from torchtitan.evaluation.passes import Pass, open_held_out
 from torchtitan.evaluation.report import group
 from torchtitan.evaluation.scoring import Scorer
@@ -33,6 +33,7 @@ class Validation:
             max_windows=validation.max_windows,
         )
         self.timeout = config.comm.init_timeout_seconds  # the first time, compilation for it is part of it
+        self.warned = False  # of clipped counts, the same ones each time
         logger.info(
             f"validation every {validation.interval} steps on {recordings.description}: {len(self.over.chosen):,} "
             f"windows, {self.over.num_scored:,} tokens"
@@ -61,5 +62,9 @@ class Validation:
         accumulator = Accumulator(self.over, nulls=False)
         for window in scorer.score():
             accumulator.add(window)
-        overall = group(accumulator.finish().overall, sessions=0)
+        sums = accumulator.finish().overall
+        if not self.warned:
+            warn_of_clipped(sums, training.vocab_size)
+            self.warned = True
+        overall = group(sums, sessions=0)
         return {f"validation_{name}": overall[name] for name in ("nats_per_token", "bits_per_spike")}

@@ -1,7 +1,7 @@
 """Pictures of runs: `python -m torchtitan.plots RUN_FOLDER [RUN_FOLDER …] [--output FOLDER]`.
 
 Training curves of all runs on common axes, and, where there are evaluations, their learning curves and the pictures of
-each run's newest one.
+each run's newest one: of a pass over the whole test split, where there is one.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torchtitan.plots.scores import Evaluation, learning_curve, pictures
 from torchtitan.plots.style import save
 from torchtitan.plots.training import training_curves
 
-FORMAT = 1
+FORMAT = 2
 """Of evaluations that can be read."""
 
 
@@ -91,18 +91,25 @@ def draw(folders: list[Path]) -> dict[str, Figure]:
         figures["training"] = training_curves(logged)
     evaluations: list[Evaluation] = []
     for name, folder in zip(names, folders, strict=True):
-        of_run = [read_evaluation(path) for path in sorted(folder.glob("evaluation/*.json"))]
+        of_run = {path.stem: read_evaluation(path) for path in sorted(folder.glob("evaluation/*.json"))}
         if of_run:
-            newest = max(of_run, key=lambda evaluation: -1 if evaluation["step"] is None else evaluation["step"])
-            step = "random" if newest["step"] is None else f"step-{newest['step']}"
-            prefix = f"{name}/{step}" if len(folders) > 1 else step
-            figures.update({f"{prefix}-{picture}": figure for picture, figure in pictures(newest).items()})
-        evaluations += of_run
+            newest = max(of_run, key=lambda stem: _rank(of_run[stem]))
+            prefix = f"{name}/{newest}" if len(folders) > 1 else newest
+            figures.update({f"{prefix}-{picture}": figure for picture, figure in pictures(of_run[newest]).items()})
+        evaluations += of_run.values()
     if sum(evaluation["step"] is not None for evaluation in evaluations) > 1:
         figures["learning_curve"] = learning_curve(evaluations)
     if not figures:
         raise ValueError(f"{', '.join(map(str, folders))}: no step is logged yet")
     return figures
+
+
+def _rank(evaluation: Evaluation) -> tuple[bool, int]:
+    """The greatest is the newest of those of a plain pass; without any, the newest of the others."""
+    data, settings = evaluation["data"], evaluation["settings"]
+    plain = data["split"] == "test" and not data["source_datasets"]
+    plain = plain and not any(settings[key] for key in ("max_windows", "min_context", "overlap"))
+    return plain, -1 if evaluation["step"] is None else evaluation["step"]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         ValueError: where it is not one, or one of another format.
     """
     try:
-        evaluation = json.loads(path.read_text())
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     found = evaluation.get("format") if isinstance(evaluation, dict) else None

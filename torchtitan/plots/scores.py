@@ -27,6 +27,10 @@ STRONGER_NULLS = {
 FEWEST = 5
 """Tokens that a dot of the calibration stands for, at least."""
 _CALIBRATION = ("expected", "observed")
+_ONLY_HOW = ("batch_size", "mixed_precision_param")
+"""Settings that change no token that is scored."""
+_NAMED = ("seq_len", "min_context", "overlap", "max_windows", "document_mask")
+"""Settings that tell curves apart."""
 
 
 def pictures(evaluation: Evaluation) -> dict[str, Figure]:
@@ -168,6 +172,7 @@ def learning_curve(evaluations: Sequence[Evaluation]) -> Figure:
             curves.setdefault((_folder(evaluation), _scored(evaluation)), []).append(evaluation)
     runs = distinct_names([folder for folder, _ in curves])
     scored = [on for _, on in curves]
+    settings = _differing_settings([points[0] for points in curves.values()])
     subject = ", on ".join(
         ([shorten(next(iter(curves))[0], 60)] if len(set(runs)) == 1 else ["several runs"])
         + ([_data(next(iter(curves.values()))[0])] if len(set(scored)) == 1 else [])
@@ -182,7 +187,7 @@ def learning_curve(evaluations: Sequence[Evaluation]) -> Figure:
     for index, (points, run) in enumerate(zip(curves.values(), runs, strict=True)):
         points = sorted(points, key=lambda evaluation: evaluation["step"])
         steps = [evaluation["step"] for evaluation in points]
-        name = run if len(set(scored)) == 1 else f"{run} on {_data(points[0])}"
+        name = run if len(set(scored)) == 1 else f"{run} on {_data(points[0])}{settings[index]}"
         look = style.series(index) if several else {"color": style.GENERATED}
         for axes, key in ((left, "bits_per_spike"), (right, "nats_per_token")):
             values = [_number(evaluation["overall"].get(key)) for evaluation in points]
@@ -202,13 +207,10 @@ def _number(value: float | None, otherwise: float = math.nan) -> float:
 
 
 def _sessions_by_source(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Bits per spike of each session of each source; a session's name begins with its source's."""
-    sources = sorted(evaluation["sources"], key=len, reverse=True)
-    found: dict[str, list[float]] = {source: [] for source in sources}
-    for session, group in evaluation["sessions"].items():
-        source = next((source for source in sources if session.startswith(f"{source}/")), None)
-        if source is not None:
-            found[source].append(_number(group.get("bits_per_spike")))
+    """Bits per spike of each session of each source."""
+    found: dict[str, list[float]] = {source: [] for source in evaluation["sources"]}
+    for session in evaluation["sessions"].values():
+        found[session["source_dataset"]].append(_number(session.get("bits_per_spike")))
     return found
 
 
@@ -278,8 +280,16 @@ def _folder(evaluation: Evaluation) -> str:
 
 
 def _scored(evaluation: Evaluation) -> str:
-    """What tells which tokens an evaluation has scored."""
-    return repr((sorted(evaluation["data"].items(), key=str), sorted(evaluation["settings"].items(), key=str)))
+    """What tells which tokens an evaluation has scored, and what the model has seen before each."""
+    settings = {key: value for key, value in evaluation["settings"].items() if key not in _ONLY_HOW}
+    return repr((sorted(evaluation["data"].items(), key=str), sorted(settings.items(), key=str)))
+
+
+def _differing_settings(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Of each evaluation the settings that are not the same in all, in words."""
+    settings = [evaluation["settings"] for evaluation in evaluations]
+    keys = [key for key in _NAMED if len({repr(one.get(key)) for one in settings}) > 1]
+    return ["".join(f", {key} {one.get(key)}" for key in keys) for one in settings]
 
 
 def _data(evaluation: Evaluation) -> str:
