@@ -28,7 +28,8 @@ def main(arguments: Arguments, config: JobConfig) -> None:
         # What a user can mend needs no trace, and to be said once.
         if first_to_report(str(error)):
             logger.error(f"error: {error}")
-        sys.exit(1)
+        sys.stdout.flush()
+        os._exit(1)  # as in train.py
     dist.destroy_process_group()
 
 

@@ -34,7 +34,8 @@ def main(config: JobConfig) -> None:
         """What a user can mend needs no trace, and to be said once."""
         if first_to_report(str(error)):
             logger.error(f"error: {error}")
-        sys.exit(1)
+        sys.stdout.flush()
+        os._exit(1)  # an orderly exit can meet threads of the process group that are still starting, and abort
 
     try:
         trainer = Trainer(config, init_world(config.comm.init_timeout_seconds))

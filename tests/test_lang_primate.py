@@ -29,7 +29,8 @@ def test_from_llama_to_a_model_of_spikes(tmp_path: Path) -> None:
     source = write_meta_layout(tmp_path / "llama", original, dtype=torch.bfloat16)
     start = convert("llama_to_dcp.py", source, tmp_path / "llama-dcp")
 
-    recordings = write_recordings(tmp_path / "recordings", {"train": random_recordings([(6, 100), (4, 80)], largest=3)})
+    rows = random_recordings([(6, 100), (4, 80)], largest=3)
+    recordings = write_recordings(tmp_path / "recordings", {"train": rows, "test": rows[1:]})
     small = ("--model.flavor", "debug", "--model.n_layers", "2", "--model.n_heads", "16", "--model.n_kv_heads", "8")
     short = ("--training.seq_len", "64", "--training.steps", "4", "--training.warmup_steps", "1")
     run_flags = (
