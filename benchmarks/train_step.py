@@ -219,6 +219,7 @@ def main() -> None:
             name: version(name) for name in ("torch", "torchao", "triton", "flash-attn-3", "flash_attn") if known(name)
         },
         "cuda": torch.version.cuda,
+        "environment": {key: value for key, value in os.environ.items() if key.startswith("NCCL_")},
         **measured,
     }
     if world.rank == 0:
