@@ -44,8 +44,8 @@ from torchtitan.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = ["--training.dataset", "synthetic", "--training.seq_len", "128", "--model.flavor", "250M"]
-PARTS = ("raw", "sync", "checksums", "async", "pinned", "load", "verify", "agree")
-"""Raw writing and reading; saves in the foreground, those with and without checksums, in the background; the rest."""
+PARTS = ("write", "read", "sync", "checksums", "async", "pinned", "load", "verify", "agree")
+"""Writing and reading alone; saves in the foreground, those with and without checksums, in the background; the rest."""
 AGREEMENTS = 1000
 
 
@@ -173,8 +173,9 @@ class Bench:
                     self.save(checkpointer, f"{mode}{', first' * (n == 0)}")
                 del checkpointer
         for _ in range(self.rounds):
-            if "raw" in parts:
+            if "write" in parts:
                 self.note("raw write", lambda: raw_write(written, self.size // self.world.size, self.world.rank))
+            if "read" in parts:
                 self.read("raw read (one process)", raw_read)
             if "verify" in parts:
                 self.read("verification (one process)", verify)
