@@ -9,6 +9,8 @@ import os
 import pathlib
 import pickle
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -17,7 +19,8 @@ import xxhash
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem, metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from torchtitan.checkpoint.manifest import DamagedCheckpointError, Files, check_file, offsets
 
@@ -47,6 +50,9 @@ ALLOWED = {
     },
 }
 """What a `.metadata` may name, by module and name; PyTorch's dtypes come to it."""
+
+READERS = 4
+"""Items that a process reads at once: each is read, summed up, unpacked and copied, at the speed of one core."""
 
 
 class SafeReader(FileSystemReader):
@@ -86,6 +92,22 @@ class SafeReader(FileSystemReader):
         found.storage_meta = getattr(found, "storage_meta", None) or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads this rank's items into their places, in the order in which they lie on the disk, several at once."""
+
+        def place(item: ReadItem) -> tuple[str, int]:
+            info = self.storage_data[item.storage_index]
+            return info.relative_path, info.offset
+
+        items, read = sorted(plan.items, key=place), super().read_data
+        with ThreadPoolExecutor(READERS) as readers:
+            parts = [replace(plan, items=items[first::READERS]) for first in range(READERS)]
+            for done in [readers.submit(read, part, planner) for part in parts]:
+                done.result()
+        finished: Future[None] = Future()
+        finished.set_result(None)
+        return finished
 
     def _slice_file(self, file: IO[bytes], sinfo: filesystem._StorageInfo) -> IO[bytes]:
         """The bytes of one item: what the base class reads all items through."""
