@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.distributed.launcher import end_with_launcher
+from torchtitan.distributed.launcher import end_with_launcher, report
 from torchtitan.evaluation.arguments import Arguments, parse
 from torchtitan.logging import init_logger, logger
 
@@ -19,15 +19,14 @@ def main(arguments: Arguments, config: JobConfig) -> None:
     # Here and not above: a wrong configuration is reported without the seconds that loading torch takes.
     import torch.distributed as dist
 
-    from torchtitan.distributed.world import first_to_report, init_world
+    from torchtitan.distributed.world import init_world, report_once
     from torchtitan.evaluation.run import evaluate
 
     try:
         evaluate(arguments, config, init_world(config.comm.init_timeout_seconds))
     except ValueError as error:
         # What a user can mend needs no trace, and to be said once.
-        if first_to_report(str(error)):
-            logger.error(f"error: {error}")
+        report_once(str(error))
         sys.stdout.flush()
         os._exit(1)  # as in train.py
     dist.destroy_process_group()
@@ -39,8 +38,7 @@ if __name__ == "__main__":
     try:
         arguments, config = parse(sys.argv[1:], str(__doc__))
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            logger.error(f"error: {error}")
+        report(str(error))
         sys.exit(2)
     try:
         main(arguments, config)

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.distributed.degrees import check_degrees
-from torchtitan.distributed.launcher import end_with_launcher
-from torchtitan.logging import init_logger, logger
+from torchtitan.distributed.launcher import end_with_launcher, report
+from torchtitan.logging import init_logger
 from torchtitan.models.llama.shape import check_shape
 from torchtitan.plan.check import check_recompute
 
@@ -26,14 +26,13 @@ def main(config: JobConfig) -> None:
     import torch.distributed as dist
 
     from torchtitan.checkpoint.checkpointer import SaveError
-    from torchtitan.distributed.world import first_to_report, init_world
+    from torchtitan.distributed.world import init_world, report_once
     from torchtitan.owner import FolderInUseError
     from torchtitan.trainer import Trainer
 
     def fail(error: Exception) -> NoReturn:
         """What a user can mend needs no trace, and to be said once."""
-        if first_to_report(str(error)):
-            logger.error(f"error: {error}")
+        report_once(str(error))
         sys.stdout.flush()
         os._exit(1)  # an orderly exit can meet threads of the process group that are still starting, and abort
 
@@ -57,8 +56,7 @@ if __name__ == "__main__":
     try:
         config = load_config(sys.argv[1:], checks=[check_shape, check_degrees, check_recompute])
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            logger.error(f"error: {error}")
+        report(str(error))
         sys.exit(2)
     try:
         main(config)

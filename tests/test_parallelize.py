@@ -11,7 +11,7 @@ from tests.processes import run_ranks
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.degrees import Degrees
 from torchtitan.distributed.parallelize import build_model, init_weights
-from torchtitan.distributed.world import World, build_mesh, from_rank_zero, init_world
+from torchtitan.distributed.world import World, build_mesh, init_world
 from torchtitan.models.llama.attention import BACKENDS, Attention
 from torchtitan.models.llama.model import Transformer, token_losses
 from torchtitan.models.llama.shape import ModelShape
@@ -140,20 +140,3 @@ def compute_in_bfloat16() -> None:
 
 def test_bfloat16_is_for_computing_alone() -> None:
     run_ranks(compute_in_bfloat16, 1)
-
-
-def raise_together() -> None:
-    """What rank 0 finds, whatever it is, is raised by all."""
-    world = init_world(60)
-
-    def fail() -> None:
-        raise KeyError("found by rank 0")
-
-    with pytest.raises(KeyError, match="found by rank 0"):
-        from_rank_zero(fail)
-    assert from_rank_zero(lambda: world.rank + 7) == 7
-    dist.destroy_process_group()
-
-
-def test_ranks_fail_together() -> None:
-    run_ranks(raise_together, 2)

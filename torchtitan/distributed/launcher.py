@@ -4,9 +4,15 @@ import ctypes
 import os
 import signal
 import sys
+import time
+
+from torchtitan.logging import logger
 
 PR_SET_PDEATHSIG = 1
 """`prctl`'s option: the signal that a process gets when its parent dies (linux/prctl.h)."""
+
+PATIENCE = 10
+"""Seconds that other ranks give to the one that speaks for all."""
 
 
 def end_with_launcher() -> None:
@@ -20,3 +26,14 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:  # it died before it could be asked for
         sys.exit("torchrun has died")
+
+
+def report(message: str) -> None:
+    """Logs an error that all ranks find before they know of each other: on rank 0 alone.
+
+    The others give it the time, because torchrun ends all as soon as one has ended.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        logger.error(f"error: {message}")
+    else:
+        time.sleep(PATIENCE)

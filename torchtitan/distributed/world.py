@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.distributed.degrees import Degrees
+from torchtitan.distributed.launcher import PATIENCE
 from torchtitan.distributed.numa import bind_to_gpu
+from torchtitan.logging import logger
 
 T = TypeVar("T")
 
@@ -97,9 +99,16 @@ def first_on_each_node(world: World) -> Iterator[None]:
             dist.barrier()
 
 
-def first_to_report(message: str) -> bool:
-    """Whether no other rank has asked this for the same message: most errors are found by all of them at once."""
-    if not dist.is_initialized():
-        return True
-    store = dist.distributed_c10d._get_default_store()
-    return store.add(f"reported/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+def report_once(message: str) -> None:
+    """Logs an error that most ranks find at once: on the first of them alone.
+
+    The others return when it has said it, because torchrun ends all as soon as one has ended.
+    """
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+    name = f"reported/{hashlib.sha256(message.encode()).hexdigest()}"
+    if store.add(name, 1) == 1:
+        logger.error(f"error: {message}")
+        store.set(f"{name}/said", "")
+    else:
+        with suppress(dist.DistError):
+            store.wait([f"{name}/said"], timedelta(seconds=PATIENCE))
