@@ -108,7 +108,7 @@ def test_columns(tmp_path: Path) -> None:
 
 def test_empty_dataset(tmp_path: Path) -> None:
     parquet = write_rows(tmp_path / "parquet", {"train": []}, "parquet")
-    assert "no data" in fails(*on(str(parquet), tmp_path), status=1)
+    assert "parquet/train.parquet has no rows" in fails(*on(str(parquet), tmp_path), status=1)
     disk = write_rows(tmp_path / "disk", {"train": []}, "disk")
     assert "has no rows" in fails(*on(str(disk), tmp_path), status=1)
 
@@ -146,7 +146,7 @@ def test_malformed_rows(tmp_path: Path) -> None:
     folder = str(write_rows(tmp_path / "rows", {"train": rows}))
     done = run(train_command(*on(folder, tmp_path)))
     assert done.returncode == 0, done.stdout
-    warning = "3 of 5 rows are ragged or empty: 1, 2, 4"
+    warning = "3 of 5 rows are ragged, empty or lack counts (null): 1, 2, 4"
     assert done.stdout.count(warning) == 1
     assert warning in fails(*on(folder, tmp_path, "--training.malformed_rows", "error"), status=1)
 
