@@ -285,7 +285,7 @@ class TestBadData:
         self, tmp_path: Path, columns: dict[str, Any], messages: list[str]
     ) -> None:
         folder = write_parquet(tmp_path / "data", table([[[1]]], **columns))
-        with pytest.raises(ValueError, match="columns? ") as caught:
+        with pytest.raises(ValueError, match=r"columns? ") as caught:
             open_recordings(training(folder))
         assert str(caught.value).startswith(f"{folder}: column")
         for message in messages:
