@@ -103,7 +103,7 @@ def test_columns(tmp_path: Path) -> None:
     message = fails(*on(str(folder), tmp_path), status=1)
     assert "column spike_counts has type" in message
     assert "column session_id has type int64, not string" in message
-    assert "column segment_id is missing" in message
+    assert "columns segment_id, source_dataset are missing" in message
 
 
 def test_empty_dataset(tmp_path: Path) -> None:
@@ -137,6 +137,7 @@ def test_checkpoint_of_another_model_or_other_data(recordings: str, tmp_path: Pa
         (("--checkpoint.load_step", "1"), "no complete checkpoint of it"),
     ):
         assert message in fails(*on(recordings, tmp_path, *argv), status=1)
+        assert not (tmp_path / "out/owner.json").exists()  # whatever is wrong, the next try finds the folder free
     others = write_recordings(tmp_path / "others", {"train": random_recordings([(5, 100), (7, 60)], seed=1)})
     assert "fingerprint is" in fails(*on(str(others), tmp_path), status=1)
 
