@@ -255,6 +255,7 @@ def test_places(checkpoint: Path, tmp_path: Path) -> None:
         (("--format", "hf", "--max_shard_size", "5 parsecs"), "'5 parsecs' is not a size"),
         (("--format", "onnx"), "invalid choice: 'onnx'"),
         (("--flavor", "9B"), "invalid choice: '9B'"),
+        (("--fromat", "hf"), "--fromat: unknown flag; did you mean --format?"),
     ],
 )
 def test_command_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,7 @@ def test_a_checkpoint_without_its_shape_needs_it_from_the_command_line(generated
         ),
         (["--prompt", "{data}:1", "--bins", "8"], "generate at most 7, or give --sliding_window"),
         (["--prompt", "{data}:2", "--sliding_window"], "do not hold two bins"),
+        (["--prompt", "{data}:2"], "do not hold two bins"),
         (["--checkpoint", "{data}"], "holds neither a DCP checkpoint nor steps of one"),
         (["--attention", "fa3"], "--attention fa3 cannot run: there is no GPU"),
         (["--device", "cuda"], "--device cuda: there is no GPU"),
@@ -273,7 +274,7 @@ def test_full_memory_is_one_line(generated: Generate, place: Path, monkeypatch: 
 
 def test_a_malformed_row_is_not_a_prompt(place: Path, generated: Generate) -> None:
     folder = write_rows(place / "ragged", {"test": [[[1, 2], [3, 4]], [[1, 2], [3]], [[1, 1], [0, 1]]]})
-    with pytest.raises(ValueError, match="ragged:1: that row is ragged or empty"):
+    with pytest.raises(ValueError, match="ragged:1: that row is ragged, empty or lacks counts"):
         generated("--prompt", f"{folder}:1")
 
 
@@ -305,6 +306,28 @@ def test_numbers_out_of_range(flag: str, value: str, capsys: pytest.CaptureFixtu
         parse_generate(["--checkpoint", "c", "--prompt", "d:0", "--bins", "1", flag, value])
     assert ended.value.code == 2
     assert f"argument {flag}: '{value}' is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--checkpont", "c"], "--checkpont: unknown flag; did you mean --checkpoint?"),
+        (
+            ["--smaples=2", "--zzz"],
+            "--smaples: unknown flag; did you mean --samples?; --zzz: unknown flag; --help lists",
+        ),
+        (["--checkpoint", "c"], "the following arguments are required: --prompt, --bins"),
+    ],
+)
+def test_a_misspelt_flag_is_answered_with_the_nearest(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_generate(argv)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1
 
 
 def test_the_script_ends_with_two_and_one_line(place: Path) -> None:

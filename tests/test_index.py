@@ -32,7 +32,9 @@ class TestMalformedRows:
         assert index.rows.tolist() == [0, 2]
         assert index.malformed.tolist() == [1, 3]
         assert read_all(recordings, index) == [rows[0], rows[2]]
-        expected = f"{folder}, split train: 2 of 4 rows are ragged or empty: 1, 3; they are left out"
+        expected = (
+            f"{folder}, split train: 2 of 4 rows are ragged, empty or lack counts (null): 1, 3; they are left out"
+        )
         assert [record.message for record in warnings_logged.records] == [expected]
         with pytest.raises(ValueError, match=r'2 of 4 rows .* training\.malformed_rows = "skip" leaves them out'):
             load_index(recordings, "error")
@@ -41,7 +43,7 @@ class TestMalformedRows:
         folder = write_rows(tmp_path / "data", {"train": [[[1]], *[[]] * 30]})
         assert opened(folder)[1].malformed.size == 30
         [record] = warnings_logged.records
-        assert "30 of 31 rows are ragged or empty: 1, 2, " in record.message
+        assert "30 of 31 rows are ragged, empty or lack counts (null): 1, 2, " in record.message
         assert ", 20, …; " in record.message
 
     def test_nothing_else_is_there(self, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ class TestIndexCache:
 
     def test_malformed_rows_are_refused_out_of_the_cache_too(self, folder: Path) -> None:
         recordings, _ = opened(folder)
-        with pytest.raises(ValueError, match="1 of 3 rows are ragged or empty: 1; "):
+        with pytest.raises(ValueError, match=r"1 of 3 rows are ragged, empty or lack counts \(null\): 1; "):
             load_index(recordings, "error")
 
     def test_is_built_again_for_other_data_at_the_same_path(

@@ -129,6 +129,7 @@ def test_a_signal_to_any_process_saves_the_step_and_ends_the_run(
     os.kill(processes_with(tmp_path)[target], number)
     output = process.communicate(timeout=60)[0]
     assert "stopping after this step" in output
+    assert "checkpoint; the same command goes on" in output
     (step,) = complete_steps(tmp_path / "checkpoint")
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["step"]) == ("go_on", step)

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from torchtitan.config.schema import Metrics
 from torchtitan.metrics import MetricsWriter, StepMetrics, read_metrics
 
@@ -55,6 +57,18 @@ def test_a_fresh_start_in_an_old_folder_begins_anew(tmp_path: Path) -> None:
     write(tmp_path, range(1, 8), enable_tensorboard=False)
     write(tmp_path, range(1, 3), enable_tensorboard=False)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, warnings_logged: pytest.LogCaptureFixture) -> None:
+    writer = MetricsWriter(Metrics(enable_tensorboard=False), tmp_path, rank=0, first_step=1)
+    assert writer.file is not None
+    writer.file.close()
+    writer.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    for step in (1, 2):
+        writer.write(metrics(step))
+    writer.close()
+    said = [record.message for record in warnings_logged.records if record.levelname == "WARNING"]
+    assert said == ["metrics.jsonl cannot be written (No space left on device); the run goes on"]
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:

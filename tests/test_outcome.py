@@ -8,6 +8,8 @@ import pytest
 
 from tests.processes import ROOT
 from torchtitan.outcome import clear_outcome, read_outcome, write_outcome
+from torchtitan.owner import Owner
+from torchtitan.trainer import Trainer
 
 
 def test_an_outcome_is_of_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +34,22 @@ def test_the_command_that_the_launcher_asks(tmp_path: Path) -> None:
     assert subprocess.check_output(command, cwd=ROOT, text=True) == f"broken 0 {tmp_path}\n"
     modules = [sys.executable, "-X", "importtime", *command[1:]]
     assert " torch\n" not in subprocess.check_output(modules, stderr=subprocess.STDOUT, cwd=ROOT, text=True)
+
+
+def test_a_wrong_configuration_is_answered_as_by_training() -> None:
+    command = [sys.executable, "-m", "torchtitan.outcome", "--training.dataset", "synthetic", "--training.stps", "3"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 1 problem in the configuration")
+    assert "did you mean training.steps?" in done.stderr
+
+
+def test_an_outcome_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    run = Trainer.__new__(Trainer)  # as it is when its disk is full
+    run.dump_folder, run.step, run.owner = tmp_path / "gone", 3, Owner(tmp_path)
+    run.end("broken")
+    assert not (tmp_path / "owner.json").exists()
+    [record] = warnings_logged.records
+    assert record.message.endswith('gone: "broken" cannot be written as the outcome: No such file or directory')

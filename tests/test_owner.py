@@ -12,7 +12,7 @@ import pytest
 
 from tests.processes import ROOT
 from torchtitan import owner
-from torchtitan.owner import MARK, STALE_AFTER, FolderInUseError, Owner
+from torchtitan.owner import MARK, STALE_AFTER, FolderInUseError, Owner, make_writable
 
 HOLD = "import sys, time; from pathlib import Path; from torchtitan.owner import Owner\n"
 HOLD += "Owner(Path(sys.argv[1])); print('holding', flush=True); time.sleep(60)"
@@ -135,3 +135,11 @@ def test_a_mark_that_cannot_be_read_protects_for_as_long(tmp_path: Path) -> None
         Owner(tmp_path)
     os.utime(tmp_path / MARK, (0, 0))
     Owner(tmp_path).release()
+
+
+def test_a_full_disk_is_no_place_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115
+    with pytest.raises(
+        ValueError, match=f'^job.dump_folder = "{tmp_path}" cannot be written: No space left on device$'
+    ):
+        make_writable(tmp_path)

@@ -192,3 +192,15 @@ def test_long_titles_are_wrapped() -> None:
     assert title == " ".join(suptitle.split("\n")[1:])
     box = figure.findobj(lambda artist: getattr(artist, "get_text", str)() == suptitle)[0].get_window_extent()
     assert box.x1 < figure.bbox.x1
+
+
+def test_a_single_bin_is_a_dot_and_its_rates_have_a_scale() -> None:
+    following = continuations(30, 1)
+    axes = population_rate(poisson(30, 2), following, title="").axes[0]
+    assert [line.get_marker() for line in axes.lines[-3:]] == ["o"] * 3
+    compared = statistics(following[0].counts, [10 * activity.counts for activity in following[1:]], title="").axes[3]
+    assert compared.get_xlim() == compared.get_ylim()
+    assert len(compared.get_xticks()) == len(compared.get_yticks()) > 1
+    silent = np.zeros((3, 1), np.uint8)
+    rates = statistics(silent, [silent], title="").axes[3]
+    assert rates.get_xticks().tolist() == [0, 50]

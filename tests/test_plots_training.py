@@ -204,6 +204,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([broken], "step-90.json: not JSON"),
         ([old], "step-90.json: format 0, not 2: evaluate the checkpoint again"),
         ([run, "--output", tmp_path / "file"], "file: File exists"),
+        ([run, "--ouput", tmp_path], "--ouput: unknown flag; did you mean --output?"),
+        ([], "the following arguments are required: RUN_FOLDER"),
     ):
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])

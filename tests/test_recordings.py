@@ -201,6 +201,9 @@ class TestRealRecordings:
         assert opened(real_recordings)[1].fingerprint == opened(tmp_path / "copy")[1].fingerprint
 
 
+CAST = 'dataset.cast_column("spike_counts", List(List(Value("uint8")))) converts it'
+
+
 class TestBadData:
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -208,8 +211,11 @@ class TestBadData:
             (None, "no such file or folder"),
             ({}, "holds neither parquet files nor a save_to_disk dataset"),
             ({"notes.txt": b"x"}, "holds neither parquet files nor a save_to_disk dataset"),
-            ({"train.parquet": b""}, "file size is 0 bytes"),
-            ({"train.parquet": b"something else"}, "not a parquet file"),
+            ({"train.parquet": b""}, r"data/train.parquet is not a parquet file, .* size is 0 bytes"),
+            (
+                {"train.parquet": b"something else"},
+                r"data/train.parquet is not a parquet file, .* write or copy it again",
+            ),
             ({"state.json": b"{}"}, "is neither a `Dataset` directory nor"),
             ({"dataset_dict.json": b'{"splits": ["train"]}'}, "No such files"),
         ],
@@ -226,24 +232,49 @@ class TestBadData:
         assert str(caught.value).startswith(f'training.dataset_path = "{path}": ')
         assert len(str(caught.value).splitlines()) == 1
 
+    def test_of_several_files_the_broken_one_is_named(self, tmp_path: Path) -> None:
+        rows = table([[[1, 2], [3, 4]], [[5]]])
+        folder = write_parquet(tmp_path / "data", *[rows] * 3)
+        whole = (folder / "1.parquet").read_bytes()
+        for content, message in (
+            (whole[: len(whole) // 2], "1.parquet is not a parquet file, or not all of one"),
+            (whole[:4] + bytes(30) + whole[34:], "1.parquet is damaged; write or copy it again"),
+            (rows.slice(0, 0), "1.parquet has no rows"),
+            (pa.table({"a": [1]}), "1.parquet has columns a, the files before it spike_counts, subject_id"),
+        ):
+            if isinstance(content, bytes):
+                (folder / "1.parquet").write_bytes(content)
+            else:
+                pq.write_table(content, folder / "1.parquet")
+            with pytest.raises(ValueError, match=message) as caught:
+                open_recordings(training(folder))
+            assert str(caught.value).startswith(f'training.dataset_path = "{folder}": {folder}/1.parquet ')
+
     def test_no_such_split(self, tmp_path: Path) -> None:
         rows = random_recordings([(2, 2)])
         folder = write_recordings(tmp_path / "data", {"train": rows, "test": rows})
         with pytest.raises(ValueError, match=r'^training\.split = "valid": .* has only train, test$'):
             open_recordings(training(folder, split="valid"))
+        folder = write_recordings(tmp_path / "whole", {"train": rows})
+        parted = r"has only train; scripts/hold_out\.py parts recordings into train and test"
+        with pytest.raises(ValueError, match=f"{parted}; validation.enable = false trains without any$"):
+            open_recordings(training(folder), "test", "validation.split")
+        with pytest.raises(ValueError, match=f'^--split = "test": .* {parted}$'):
+            open_recordings(training(folder), "test", "--split")
 
     @pytest.mark.parametrize(
         ("columns", "messages"),
         [
             ({"spike_counts": None}, ["column spike_counts is missing (found: subject_id, session_id"]),
             ({"spike_counts": ["a"]}, ["column spike_counts has type string, not lists (neurons) of lists (bins) of"]),
-            ({"spike_counts": [[1]]}, ["column spike_counts has type list<"]),
+            ({"spike_counts": [[1]]}, ["list<item: int64>, not lists (neurons) of lists (bins) of uint8"]),
             ({"spike_counts": pa.array([[[1]]], pa.list_(pa.list_(pa.int8())))}, ["int8>>, not lists (neurons)"]),
-            ({"spike_counts": pa.array([[[1.0]]])}, ["double>>, not lists (neurons)"]),
+            ({"spike_counts": pa.array([[[1.0]]])}, ["double>>, not lists (neurons)", CAST]),
             ({"spike_counts": [[[[1]]]]}, ["column spike_counts has type list<"]),
-            ({"spike_counts": pa.array([[[1]]], pa.list_(pa.list_(pa.uint8(), 1)))}, ["fixed_size_list"]),
+            ({"spike_counts": pa.array([[[1]]], pa.list_(pa.list_(pa.uint8(), 1)))}, ["fixed_size_list", CAST]),
             ({"subject_id": None}, ["column subject_id is missing"]),
-            ({"source_dataset": [3]}, ["column source_dataset has type int64, not string"]),
+            ({"subject_id": None, "spike_counts": None}, ["columns spike_counts, subject_id are missing (found: sess"]),
+            ({"source_dataset": [3]}, ["column source_dataset has type int64, not string; dataset.cast_column("]),
             (
                 {"spike_counts": [0.5], "session_id": [1], "segment_id": None},
                 ["column spike_counts has type double", "session_id has type int64", "segment_id is missing"],
@@ -254,11 +285,16 @@ class TestBadData:
         self, tmp_path: Path, columns: dict[str, Any], messages: list[str]
     ) -> None:
         folder = write_parquet(tmp_path / "data", table([[[1]]], **columns))
-        with pytest.raises(ValueError, match="column ") as caught:
+        with pytest.raises(ValueError, match=r"columns? ") as caught:
             open_recordings(training(folder))
-        assert str(caught.value).startswith(f"{folder}: column ")
+        assert str(caught.value).startswith(f"{folder}: column")
         for message in messages:
             assert message in str(caught.value)
+
+    def test_a_row_without_an_identity(self, tmp_path: Path) -> None:
+        folder = write_parquet(tmp_path / "data", table([[[1]]] * 3, session_id=["a", None, None]))
+        with pytest.raises(ValueError, match=r"data: column session_id has 2 nulls; give each row one, .*unknown"):
+            open_recordings(training(folder))
 
     def test_counts_that_fit_no_byte_are_not_wrapped(self, tmp_path: Path) -> None:
         more = table([[[300]]], pa.list_(pa.list_(pa.int64())))
@@ -269,7 +305,7 @@ class TestBadData:
     @pytest.mark.parametrize("format", ["parquet", "disk"])
     def test_a_dataset_without_rows(self, tmp_path: Path, format: Format) -> None:
         folder = write_rows(tmp_path / "data", {"train": []}, format)
-        with pytest.raises(ValueError, match=r"no data|no rows") as caught:
+        with pytest.raises(ValueError, match=r"\bno rows$") as caught:
             open_recordings(training(folder))
         assert str(caught.value).startswith(f'training.dataset_path = "{folder}": ')
 

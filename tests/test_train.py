@@ -91,6 +91,10 @@ def test_resumed_in_fresh_processes_it_is_the_same_run(config_file: str, uninter
     assert_same_run(tmp_path, uninterrupted)
     assert "nothing to do" in train(*arguments(config_file, tmp_path), processes=2)
     assert_same_run(tmp_path, uninterrupted)
+    fewer = train(*arguments(config_file, tmp_path, "--training.steps", "7"), processes=2)
+    assert f"nothing to do: the newest checkpoint is of step {STEPS}, and training.steps = 7" in fewer
+    assert f"step {STEPS} is done" in fewer
+    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_killed_between_checkpoints_it_is_the_same_run(config_file: str, uninterrupted: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -100,6 +102,7 @@ class MetricsWriter:
 
     def __init__(self, config: Metrics, dump_folder: Path, rank: int, first_step: int) -> None:
         self.file = self.tensorboard = None
+        self.unwritten: set[str] = set()
         if rank != 0:
             return
         path = dump_folder / "metrics.jsonl"
@@ -116,18 +119,32 @@ class MetricsWriter:
         if self.file is None:
             return
         logger.info(str(metrics))
-        self.file.write(json.dumps(asdict(metrics)) + "\n")
+        with self._going_on_without("metrics.jsonl"):
+            self.file.write(json.dumps(asdict(metrics)) + "\n")
         if self.tensorboard is not None:
-            for name, value in asdict(metrics).items():
-                if value is not None and name not in ("step", "time"):
-                    self.tensorboard.add_scalar(name, value, metrics.step)
+            with self._going_on_without("TensorBoard's file"):
+                for name, value in asdict(metrics).items():
+                    if value is not None and name not in ("step", "time"):
+                        self.tensorboard.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
         if self.file is not None:
-            self.file.close()
+            with self._going_on_without("metrics.jsonl"):
+                self.file.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self._going_on_without("TensorBoard's file"):
+                self.tensorboard.close()
+
+    @contextmanager
+    def _going_on_without(self, file: str) -> Iterator[None]:
+        """A full disk is no reason to end a run, unless its checkpoints say so: warns once."""
+        try:
+            yield
+        except OSError as error:
+            if file not in self.unwritten:
+                logger.warning(f"{file} cannot be written ({error.strerror}); the run goes on")
+            self.unwritten.add(file)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

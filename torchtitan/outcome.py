@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from torchtitan.config import JobConfig, load_config
+from torchtitan.config import ConfigError, JobConfig, load_config
 
 OUTCOME = "outcome.json"
 State = Literal["finished", "go_on", "broken"]
@@ -62,4 +62,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -115,8 +115,8 @@ def make_writable(folder: Path) -> None:
     """Makes the run folder, if it is not there; raises ValueError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"a full disk takes names, but no bytes")
     except OSError as error:
         raise ValueError(f'job.dump_folder = "{folder}" cannot be written: {error.strerror}') from error
 

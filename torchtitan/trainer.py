@@ -54,10 +54,18 @@ class Trainer:
 
     def __init__(self, config: JobConfig, world: World) -> None:
         self.config, self.world = config, world
-        training = config.training
         self.dump_folder = Path(config.job.dump_folder)
         self.owner: Owner | None = None
         from_rank_zero(self._take_dump_folder)
+        try:
+            self._build(config, world)
+        except ValueError:
+            if self.owner is not None:
+                self.owner.release()  # the next try finds the folder free
+            raise
+
+    def _build(self, config: JobConfig, world: World) -> None:
+        training = config.training
         self.interrupts = Interrupts()
         logger.info(f"{config.job.description or 'run'}, writing to {self.dump_folder.absolute()}")
         torch.manual_seed(training.seed)
@@ -144,7 +152,8 @@ class Trainer:
         self.watchdog = Watchdog(self.dump_folder, self.world.rank, config.comm.init_timeout_seconds)
         last_step = min(training.steps, training.stop_after_step or training.steps)
         if self.step >= last_step:
-            logger.info(f"nothing to do: the newest checkpoint is of step {self.step}, the last step is {last_step}")
+            asked = "training.steps" if last_step == training.steps else "training.stop_after_step"
+            logger.info(f"nothing to do: the newest checkpoint is of step {self.step}, and {asked} = {last_step}")
             self.finish(last_step)
             return
         from_rank_zero(lambda: _write_config(self.dump_folder / "config.toml", config))
@@ -295,15 +304,20 @@ class Trainer:
             raise SaveError(f"the last step, {self.step}, is not saved")
         self.watchdog.close()
         from_rank_zero(lambda: self.end("finished" if self.step >= last_step else "go_on"))
-        logger.info(f"step {self.step} of {steps} is done; metrics in {self.dump_folder / 'metrics.jsonl'}")
+        of_steps = f" of {steps}" if self.step <= steps else ""  # an earlier start has made more than are asked for
+        logger.info(f"step {self.step}{of_steps} is done; metrics in {self.dump_folder / 'metrics.jsonl'}")
         if checkpoint.enable_checkpoint:
-            going_on = "; the same command, without training.stop_after_step, goes on" if self.step < steps else ""
+            without = ", without training.stop_after_step," if self.step >= last_step else ""
+            going_on = f"; the same command{without} goes on" if self.step < steps else ""
             logger.info(f"checkpoints in {self.checkpointer.root}{going_on}")
 
     def end(self, state: State) -> None:
         """On rank 0: states the outcome and leaves the folder to others."""
         if self.owner is not None:
-            write_outcome(self.dump_folder, state, self.step)
+            try:
+                write_outcome(self.dump_folder, state, self.step)
+            except OSError as error:
+                logger.warning(f'{self.dump_folder}: "{state}" cannot be written as the outcome: {error.strerror}')
             self.owner.release()
             self.owner = None
 

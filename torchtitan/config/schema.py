@@ -107,7 +107,7 @@ class Training(Table):
     split: NonEmpty = "train"
     """Split of the dataset to train on."""
     malformed_rows: Literal["skip", "error"] = "skip"
-    """What to do with rows that are ragged or empty: leave them out with one warning, or refuse the dataset."""
+    """Rows that are ragged, empty or lack counts: leave them out with one warning, or refuse the dataset."""
     synthetic_kind: Literal["regular", "poisson"] = "regular"
     """Synthetic recordings: a tenth of the neurons fires once in every bin and the rest never (`regular`),
     or Poisson neurons on shared latent dynamics (`poisson`)."""

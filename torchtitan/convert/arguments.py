@@ -3,6 +3,7 @@
 import argparse
 import re
 
+from torchtitan.flags import FlagParser
 from torchtitan.models.llama.shape import FLAVORS
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -16,7 +17,7 @@ def parse_llama_to_dcp(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="convert the input and output layers too, which else are left out: they belong to another vocabulary",
     )
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def parse_dcp_to_llama(argv: list[str]) -> argparse.Namespace:
@@ -31,7 +32,7 @@ def parse_dcp_to_llama(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--public", action="store_true", help="make the repository public; default: private")
     parser.add_argument("--license", help="for the model card; default: that of the source weights")
     parser.add_argument("--bits_per_spike", type=float, metavar="BITS", help="for the model card, if evaluated")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     if arguments.push_to_hub and not arguments.hf_repo_name:
         parser.error("--push_to_hub needs --hf_repo_name")
     if arguments.public and not arguments.push_to_hub:
@@ -41,8 +42,8 @@ def parse_dcp_to_llama(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+def _parser(description: str) -> FlagParser:
+    parser = FlagParser(description=description)
     parser.add_argument("--input_dir", required=True, help="folder or blob URL")
     parser.add_argument("--output_dir", required=True, help="folder or blob URL, to be made")
     parser.add_argument("--rope_scaling", choices=("llama3.1", "none"), help="where the input does not say it")

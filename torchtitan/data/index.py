@@ -53,9 +53,8 @@ def load_index(recordings: Recordings, malformed_rows: str) -> RecordingIndex:
         _write(index, cache)
     if index.malformed.size:
         named = ", ".join(map(str, index.malformed[:20])) + (", …" if index.malformed.size > 20 else "")
-        message = (
-            f"{recordings.description}: {index.malformed.size} of {len(recordings)} rows are ragged or empty: {named}"
-        )
+        rows = f"{index.malformed.size} of {len(recordings)} rows"
+        message = f"{recordings.description}: {rows} are ragged, empty or lack counts (null): {named}"
         if malformed_rows == "error":
             raise ValueError(f'{message}; training.malformed_rows = "skip" leaves them out')
         logger.warning(f"{message}; they are left out")

@@ -1,5 +1,6 @@
 """Finds the recordings, checks their columns, and gives each one's spike counts without copying them."""
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,7 +142,10 @@ class Found:
     def recordings(self, split: str, named: str) -> Recordings:
         """Those of a split that the setting `named` has given; raises ValueError as `open_recordings`."""
         if split not in self.splits:
-            raise ValueError(f'{named} = "{split}": {self.origin} has only {", ".join(self.splits)}')
+            advice = "; scripts/hold_out.py parts recordings into train and test" if split == "test" else ""
+            if named == "validation.split":
+                advice += "; validation.enable = false trains without any"
+            raise ValueError(f'{named} = "{split}": {self.origin} has only {", ".join(self.splits)}{advice}')
         _check_columns(self.splits[split], self.origin)
         return Recordings(self.splits[split], f"{self.origin}, split {split}")
 
@@ -170,6 +174,7 @@ def load_path(given: str, named: str) -> Found:
 
     path = Path(given).expanduser()
     problem = f'{named} = "{given}"'
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs as an error, it raises
     if not path.exists():
         raise ValueError(f"{problem}: no such file or folder")
     try:
@@ -182,7 +187,7 @@ def load_path(given: str, named: str) -> Found:
         else:
             raise ValueError("holds neither parquet files nor a save_to_disk dataset")
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{problem}: {_reason(error)}") from error
+        raise ValueError(f"{problem}: {_broken_parquet(path) or _reason(error)}") from error
     except IndexError as error:  # what load_from_disk makes of a split without rows
         raise ValueError(f"{problem}: a split of it has no rows") from error
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
@@ -210,24 +215,64 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 
+def _broken_parquet(path: Path) -> str | None:
+    """Which parquet file it is that could not be loaded, and why; None where there is no such file."""
+    import pyarrow.parquet as pq
+
+    columns: list[str] = []
+    for file in [path] if path.is_file() else sorted(path.rglob("[!.]*.parquet")):
+        try:
+            opened = pq.ParquetFile(file)
+        except (OSError, pa.ArrowException) as error:
+            return f"{file} is not a parquet file, or not all of one; write or copy it again ({_reason(error)})"
+        if not opened.metadata.num_rows:
+            return f"{file} has no rows"
+        columns = columns or opened.schema_arrow.names
+        if opened.schema_arrow.names != columns:
+            return (
+                f"{file} has columns {', '.join(opened.schema_arrow.names)}, the files before it {', '.join(columns)}"
+            )
+        try:
+            for _ in opened.iter_batches():
+                pass
+        except (OSError, pa.ArrowException) as error:
+            return f"{file} is damaged; write or copy it again ({_reason(error)})"
+    return None
+
+
 def _check_columns(dataset: "datasets.Dataset", origin: str) -> None:
     schema = dataset.data.schema
     problems = []
-    for name in ("spike_counts", *ID_COLUMNS):
-        if name not in schema.names:
-            problems.append(f"column {name} is missing (found: {', '.join(schema.names)})")
+    missing = [name for name in ("spike_counts", *ID_COLUMNS) if name not in schema.names]
+    if missing:
+        are = f"column {missing[0]} is" if len(missing) == 1 else f"columns {', '.join(missing)} are"
+        problems.append(f"{are} missing (found: {', '.join(schema.names)})")
+    if "spike_counts" not in missing:
+        found = schema.field("spike_counts").type
+        if not _is_list(found) or not _is_list(found.value_type) or found.value_type.value_type != pa.uint8():
+            problem = f"column spike_counts has type {found}, not lists (neurons) of lists (bins) of uint8"
+            if _is_numbers(found, nesting=2):
+                problem += '; dataset.cast_column("spike_counts", List(List(Value("uint8")))) converts it'
+            problems.append(problem)
+    for name in ID_COLUMNS:
+        if name in missing:
             continue
         found = schema.field(name).type
-        if name == "spike_counts":
-            if not _is_list(found) or not _is_list(found.value_type) or found.value_type.value_type != pa.uint8():
-                problems.append(
-                    f"column {name} has type {found}, not lists (neurons) of lists (bins) of uint8; "
-                    'dataset.cast_column("spike_counts", List(List(Value("uint8")))) converts it'
-                )
-        elif not (pa.types.is_string(found) or pa.types.is_large_string(found)):
-            problems.append(f"column {name} has type {found}, not string")
+        if not (pa.types.is_string(found) or pa.types.is_large_string(found)):
+            cast = f'dataset.cast_column("{name}", Value("string")) converts it'
+            problems.append(f"column {name} has type {found}, not string; {cast}")
+        elif nulls := dataset.data.column(name).null_count:
+            problems.append(f'column {name} has {nulls:,} nulls; give each row one, if only "unknown"')
     if problems:
         raise ValueError(f"{origin}: " + "; ".join(problems))
+
+
+def _is_numbers(arrow_type: pa.DataType, nesting: int) -> bool:
+    """Whether it is lists of lists … of numbers, that many deep."""
+    if not nesting:
+        return pa.types.is_integer(arrow_type) or pa.types.is_floating(arrow_type)
+    is_list = _is_list(arrow_type) or pa.types.is_fixed_size_list(arrow_type)
+    return is_list and _is_numbers(arrow_type.value_type, nesting - 1)
 
 
 def _is_list(arrow_type: pa.DataType) -> bool:

@@ -1,7 +1,6 @@
 """The command line of evaluate.py. Imports no torch."""
 
 import argparse
-import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.config.load import COMMAND_LINE, Problem
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.degrees import check_degrees
+from torchtitan.flags import FlagParser
 from torchtitan.models.llama.shape import check_shape
 
 DEFAULT_SPLIT = "test"
@@ -52,7 +52,7 @@ class Arguments:
         return ".".join(parts)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(FlagParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError([Problem(COMMAND_LINE, "", message)])
 
@@ -68,7 +68,6 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
         description=description,
         epilog="`train.py --help` lists the keys of the configuration, any of which may be overridden.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint",
@@ -105,7 +104,9 @@ def parse(argv: list[str], description: str) -> tuple[Arguments, JobConfig]:
         help="overlap windows, so that --min_context leaves no more than the first out",
     )
     own, rest = parser.parse_known_args(argv)
-    problems = list(_unknown(rest, [flag for action in parser._actions for flag in action.option_strings]))
+    # What has a dot is a key of the configuration.
+    unknown = [(flag, message) for flag, message in parser.unknown(rest) if "." not in flag]
+    problems = [Problem(COMMAND_LINE, flag, message) for flag, message in unknown]
     if own.overlap and own.min_context < 2:
         problems.append(
             Problem(COMMAND_LINE, "--overlap", "needs a --min_context of at least 2, by which they overlap")
@@ -141,18 +142,6 @@ def _for_evaluation(config: JobConfig) -> JobConfig:
     """Nothing is recomputed, and there is no batch of all ranks."""
     training = config.training.model_copy(update={"global_batch_size": -1})
     return config.model_copy(update={"training": training, "activation_checkpoint": ActivationCheckpoint()})
-
-
-def _unknown(rest: list[str], flags: list[str]) -> list[Problem]:
-    """Flags that are neither evaluate.py's own nor, as they name no table, keys of the configuration."""
-    problems = []
-    for argument in rest:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and "." not in flag:
-            near = difflib.get_close_matches(flag, flags, n=1)
-            hint = f"did you mean {near[0]}?" if near else "`evaluate.py --help` lists all"
-            problems.append(Problem(COMMAND_LINE, flag, f"unknown flag; {hint}"))
-    return problems
 
 
 def _positive(text: str) -> int:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
+from torchtitan.flags import FlagParser
 from torchtitan.models.llama.shape import FLAVORS
 
 ATTENTION = ("triton", "fa3", "pytorch")
@@ -14,7 +15,7 @@ Number = TypeVar("Number", int, float)
 
 def parse_generate(argv: list[str]) -> argparse.Namespace:
     """What `generate.py` was asked for; exits with code 2 where that makes no sense."""
-    parser = argparse.ArgumentParser(description="Continues recordings with what a model has learned.")
+    parser = FlagParser(description="Continues recordings with what a model has learned.")
     parser.add_argument(
         "--checkpoint", required=True, metavar="FOLDER", help="a DCP checkpoint, or a folder of steps: the newest"
     )
@@ -62,7 +63,7 @@ def parse_generate(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--flavor", choices=tuple(FLAVORS), help="shape of a checkpoint that does not record it")
     parser.add_argument("--rope_scaling", choices=("llama3.1", "none"), help="where the checkpoint does not say it")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def _number(kind: Callable[[str], Number], smallest: Number) -> Callable[[str], Number]:

@@ -72,7 +72,7 @@ def open_prompt(given: str, split: str | None) -> Prompt:
         )
     place = int(np.searchsorted(index.rows, row))
     if place == len(index.rows) or index.rows[place] != row:
-        raise ValueError(f"--prompt {given}: that row is ragged or empty; take another")
+        raise ValueError(f"--prompt {given}: that row is ragged, empty or lacks counts (null); take another")
     counts = recordings.spike_counts(row, int(index.neurons[place]), int(index.bins[place]))
     ids = {name: recordings.dataset.data.column(name)[row].as_py() for name in ID_COLUMNS}
     return Prompt(given, row, counts, ids, recordings.description, split, recordings.cache_key)
@@ -107,14 +107,14 @@ def context_bins(prompt: Prompt, asked: int | None, bins: int, trained: int, *, 
     recorded, width = prompt.counts.shape[1], prompt.width
     fitting = trained // width
     name = f"--prompt {prompt.given}: a bin of {width - 1} neurons is {width} tokens"
+    if fitting < 2:
+        raise ValueError(f"{name}: the model was trained with {trained:,}, which do not hold two bins")
     room = fitting - bins
     if room < 1 and not sliding:
         raise ValueError(
             f"{name}, and --bins {bins} of them leave no room for a prompt in the {trained:,} tokens that the model "
-            f"was trained with: generate at most {max(0, fitting - 1)}, or give --sliding_window"
+            f"was trained with: generate at most {fitting - 1}, or give --sliding_window"
         )
-    if fitting < 2:
-        raise ValueError(f"{name}: the model was trained with {trained:,}, which do not hold two bins")
     if asked is None:
         room = room if room >= 1 else fitting // 2
         return max(1, min(room, recorded - bins if recorded > bins else recorded))

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from torchtitan.flags import FlagParser
 from torchtitan.metrics import read_metrics
 from torchtitan.plots.names import distinct_names
 from torchtitan.plots.scores import Evaluation, learning_curve, pictures
@@ -25,15 +26,14 @@ FORMAT = 2
 
 def main(argv: list[str]) -> None:
     """Draws the pictures and says where they are; exits with 2 where a folder is not that of a run."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m torchtitan.plots",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="a run's job.dump_folder")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: plots/ in the first RUN_FOLDER")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     try:
         folders = [find_run(given) for given in {Path(given).resolve(): given for given in arguments.runs}.values()]
         figures = draw(folders)

@@ -124,7 +124,8 @@ def population_rate(
         whole = np.hstack([prompt, following])
         rates = spikes.population_rates(whole, bin_seconds, sigma / bin_seconds)
         first = start if with_prompt else prompt.shape[1]
-        axes.plot((np.arange(first, len(rates)) - prompt.shape[1] + 0.5) * bin_seconds, rates[first:], **look)
+        times = (np.arange(first, len(rates)) - prompt.shape[1] + 0.5) * bin_seconds
+        axes.plot(times, rates[first:], marker=_marker(rates[first:]), **look)
         return rates[first:]
 
     recorded = next((activity.counts for activity in continuations if activity.is_recorded), prompt[:, :0])
@@ -140,7 +141,7 @@ def population_rate(
         times = (np.arange(shortest) + 0.5) * bin_seconds
         mean = np.mean([rate[:shortest] for rate in rates], axis=0)
         name = f"generated, mean of {len(rates)}"
-        axes.plot(times, mean, color=style.GENERATED, linewidth=2, label=name, zorder=5)
+        axes.plot(times, mean, marker=_marker(mean), color=style.GENERATED, linewidth=2, label=name, zorder=5)
     axes.set_xlim(-length * bin_seconds, max(longest, int(not length)) * bin_seconds)
     axes.set_ylim(bottom=0)
     style.legend_above(axes, right=True)
@@ -206,14 +207,18 @@ def statistics(real: Counts | None, generated: Sequence[Counts], *, title: str, 
         _compare(grid[1, 0], rates[0], spikes.mean_known(rates[1:]), "rate (Hz)", "neurons")
         _compare(grid[1, 1], of_recorded, of_generated, "CV of intervals", "neurons")
         _compare(grid[1, 2], correlations[0], spikes.mean_known(correlations[1:]), "correlation", "pairs")
-        for which in "xy":
-            _rate_scale(grid[1, 0], which, slowest)
+        _rate_scale(grid[1, 0], "xy", slowest)
     return figure
 
 
 def _first_shown(prompt: Counts, longest: int, bin_seconds: float) -> int:
     """The first bin of the prompt that is shown; with nothing behind it, that is the very first."""
     return max(prompt.shape[1] - max(longest, round(1 / bin_seconds)), 0) if longest else 0
+
+
+def _marker(rates: Floats) -> str:
+    """A dot for a single bin, of which a line shows nothing."""
+    return "o" if len(rates) == 1 else ""
 
 
 def _samples(number: int) -> str:
@@ -324,15 +329,19 @@ def _compare(axes: Axes, real: Floats, generated: Floats, what: str, of: str) ->
 
 
 def _rate_scale(axes: Axes, which: str, slowest: float) -> None:
-    """A logarithmic axis of rates that is linear below one spike in the whole time, so that 0 is on it."""
-    getattr(axes, f"set_{which}scale")("symlog", linthresh=slowest, linscale=0.4)
-    axis = getattr(axes, f"{which}axis")
-    fastest = max(axis.get_data_interval()[1], slowest)
-    decades = 10.0 ** np.arange(np.ceil(np.log10(slowest) + 0.15), np.log10(fastest) + 1)
-    axis.set_major_locator(FixedLocator([0.0, *decades]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(style.PLAIN)
-    getattr(axes, f"set_{which}lim")(0, 1.3 * fastest)
+    """Logarithmic axes of rates that are linear below one spike in the whole time, so that 0 is on them.
+
+    `which`: "x", or "xy" for both with the same limits.
+    """
+    fastest = max(slowest, *(getattr(axes, f"{one}axis").get_data_interval()[1] for one in which))
+    decades = 10.0 ** np.arange(np.ceil(np.log10(slowest) + 0.15), np.floor(np.log10(1.3 * fastest)) + 1)
+    for one in which:
+        getattr(axes, f"set_{one}scale")("symlog", linthresh=slowest, linscale=0.4)
+        axis = getattr(axes, f"{one}axis")
+        axis.set_major_locator(FixedLocator([0.0, *(decades if len(decades) else [slowest])]))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(style.PLAIN)
+        getattr(axes, f"set_{one}lim")(0, 1.3 * fastest)
 
 
 def _nothing(axes: Axes) -> None:
