@@ -1,5 +1,6 @@
 """Saves that fail: seen on all ranks, without a half step, by the configured policy."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torchtitan.checkpoint.checkpointer import Checkpointer, SaveError
 from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.verify import main
 from torchtitan.distributed.world import World, init_world
+from torchtitan.owner import MARK, FolderInUseError, Owner
 
 MODES = ["disabled", "async"]
 
@@ -119,6 +121,30 @@ def test_a_file_that_is_shorter_on_disk_is_not_committed(
     with pytest.raises(SaveError, match=r"__0_0\.distcp has [\d,]+ bytes on disk, and [\d,]+ were written"):
         Checkpointer(config, model).save(1, DATA, optimizer)
     assert not list((tmp_path / "checkpoint").iterdir())
+
+
+@pytest.mark.fault("two writers", "taken over while it writes a step", 1, "commits and removes nothing")
+@pytest.mark.parametrize("mode", MODES)
+def test_who_was_thought_dead_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The new owner may be writing to a temporary folder of the same name."""
+    argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.async_mode", mode, "--checkpoint.keep_latest_k", "1")
+    config, model, optimizer = small_model(world, *argv, "--checkpoint.on_save_error", "continue")
+    train_a_little(model, optimizer)
+    owner = Owner(tmp_path)
+    checkpointer = Checkpointer(config, model, owner.check)
+    save(checkpointer, 1, optimizer)
+    mark = json.loads((tmp_path / MARK).read_text())
+
+    def taken_over(descriptor: int) -> None:
+        (tmp_path / MARK).write_text(json.dumps({**mark, "token": "x", "host": "node7"}))
+
+    monkeypatch.setattr(writer.os, "fsync", taken_over)
+    with pytest.raises(FolderInUseError, match=r"has been taken over: process .* on node7"):
+        save(checkpointer, 2, optimizer)
+    assert sorted(path.name for path in checkpointer.root.iterdir()) == ["step-1", "step-2.tmp"]
+    owner.release()
 
 
 def test_saves_in_the_background_are_copied_to_the_same_memory() -> None:

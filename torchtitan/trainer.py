@@ -78,7 +78,7 @@ class Trainer:
         # Whatever the run starts from is compared with the model before that takes memory.
         self.step = 0
         self.cursor = 0  # windows that all ranks have trained on: the whole state of the data
-        self.checkpointer = Checkpointer(config, self.model)
+        self.checkpointer = Checkpointer(config, self.model, self.check_owner)
         found = self.checkpointer.find() if config.checkpoint.enable_checkpoint else None
         source = find_weights(self.model, config.checkpoint) if config.checkpoint.init_from and not found else None
         if found is not None:
@@ -194,7 +194,7 @@ class Trainer:
     def save(self) -> None:
         """Saves this step, if the folder is still this run's."""
         self.watchdog.allow(self.config.comm.save_timeout_seconds)
-        from_rank_zero(lambda: self.owner and self.owner.check())
+        from_rank_zero(self.check_owner)
         data = {**self.data_state(), "recent_norms": self.health.norms()}
         self.checkpointer.save(self.step, data, self.optimizer)
 
@@ -306,6 +306,11 @@ class Trainer:
             write_outcome(self.dump_folder, state, self.step)
             self.owner.release()
             self.owner = None
+
+    def check_owner(self) -> None:
+        """On rank 0: raises FolderInUseError where another run has taken the folder over; elsewhere it does nothing."""
+        if self.owner is not None:
+            self.owner.check()
 
     def _take_dump_folder(self) -> None:
         make_writable(self.dump_folder)
