@@ -36,7 +36,7 @@ from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
 from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
 from torchtitan.outcome import State, clear_outcome, write_outcome
-from torchtitan.owner import Owner, make_writable
+from torchtitan.owner import FolderInUseError, Owner, make_writable
 from torchtitan.plan.choose import describe as describe_recompute
 from torchtitan.plan.resolve import resolve_recompute
 from torchtitan.profiling import profiling
@@ -88,17 +88,17 @@ class Trainer:
 
         init_weights(self.model, world.device, training.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        recent_norms: list[float] = []
+        health: dict[str, Any] = {}
         if found is not None:
             loaded = self.checkpointer.load(found, self.optimizer)
             if loaded is not found:
                 self.go_on_from(loaded)
             log_changes(loaded.record, config, self.degrees)
-            recent_norms = loaded.record["data"].get("recent_norms", [])
+            health = loaded.record["data"]
         elif source is not None:
             load_weights(self.model, source)
         self.first_step = self.step + 1
-        self.health = Health(training, world.device, recent_norms)
+        self.health = Health(training, world.device, health.get("recent_norms", []), health.get("skipped_in_a_row", 0))
 
         self.clipped_counts = 0
         self.longest_step = 0.0
@@ -195,7 +195,8 @@ class Trainer:
         """Saves this step, if the folder is still this run's."""
         self.watchdog.allow(self.config.comm.save_timeout_seconds)
         from_rank_zero(self.check_owner)
-        data = {**self.data_state(), "recent_norms": self.health.norms()}
+        health = {"recent_norms": self.health.norms(), "skipped_in_a_row": self.health.in_a_row}
+        data = {**self.data_state(), **health}
         self.checkpointer.save(self.step, data, self.optimizer)
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,6 +300,15 @@ class Trainer:
         if checkpoint.enable_checkpoint:
             going_on = "; the same command, without training.stop_after_step, goes on" if self.step < steps else ""
             logger.info(f"checkpoints in {self.checkpointer.root}{going_on}")
+
+    def give_up(self) -> None:
+        """After an error of all ranks: waits for the save in the background, whose step is a good one."""
+        self.watchdog.allow(self.config.comm.save_timeout_seconds)
+        try:
+            self.checkpointer.wait()
+        except (SaveError, FolderInUseError) as error:
+            logger.error(f"error: {error}")
+        self.end("broken")
 
     def end(self, state: State) -> None:
         """On rank 0: states the outcome and leaves the folder to others."""
