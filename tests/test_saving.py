@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from tests.checkpoints import DATA
 from tests.models import small_model, train_a_little
-from tests.processes import run_ranks
+from tests.processes import run, run_ranks, train_command
 from torchtitan.checkpoint import folders, writer
 from torchtitan.checkpoint.checkpointer import Checkpointer, SaveError
 from torchtitan.checkpoint.staging import KeptStager
@@ -104,6 +105,63 @@ def fail_on_rank_one(folder: str, mode: str) -> None:
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, mode: str) -> None:
     run_ranks(fail_on_rank_one, 2, str(tmp_path), mode)
     assert folders.complete_steps(tmp_path / "checkpoint") == [1]
+
+
+def fail_behind_training(folder: str, policy: str) -> None:
+    """On each rank: a run whose save of step 3, in the background, fails on rank 1 while all are at step 4."""
+    from torchtitan.config import load_config
+    from torchtitan.trainer import Trainer
+
+    world = init_world(60)
+    argv = ["--training.dataset", "synthetic", "--training.seq_len", "32", "--training.steps", "7"]
+    argv += ["--training.num_workers", "0", "--model.n_layers", "1", "--job.dump_folder", folder]
+    argv += ["--checkpoint.interval", "3", "--checkpoint.async_mode", "async", "--checkpoint.on_save_error", policy]
+    training = Trainer(load_config([*argv, "--training.mixed_precision_param", "float32"]), world)
+    step, sync = training.train_step, os.fsync
+
+    def broken(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    def until_it_has_failed(*arguments: Any) -> Any:
+        if training.step == 4:
+            assert training.checkpointer.pending is not None
+            assert training.checkpointer.pending.saving.exception(60)
+        writer.os.fsync = broken if world.rank == 1 and training.step < 4 else sync
+        return step(*arguments)
+
+    training.train_step = until_it_has_failed
+    if policy == "stop":
+        with pytest.raises(SaveError, match=r"step-3 could not be written: rank 1: OSError: .*Input/output error"):
+            training.train()
+        assert training.step == 4
+        training.give_up()
+    else:
+        training.train()
+    dist.destroy_process_group()
+
+
+@pytest.mark.fault("write error", "EIO on one of two ranks, beside a training", 1, "by policy, at the next step")
+@pytest.mark.parametrize(("policy", "steps", "outcome"), [("stop", [], "broken"), ("continue", [6, 7], "finished")])
+def test_a_training_sees_the_error_at_its_next_step(
+    tmp_path: Path, policy: str, steps: list[int], outcome: str
+) -> None:
+    run_ranks(fail_behind_training, 2, str(tmp_path), policy)
+    assert folders.complete_steps(tmp_path / "checkpoint") == steps
+    assert len(list((tmp_path / "checkpoint").iterdir())) == len(steps)
+    assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == outcome
+
+
+def test_a_run_whose_export_fails_has_not_finished(tmp_path: Path) -> None:
+    """Also where the policy is to train on: nothing comes after it."""
+    argv = ["--training.dataset", "synthetic", "--training.seq_len", "32", "--training.steps", "2"]
+    argv += ["--model.n_layers", "1", "--job.dump_folder", str(tmp_path), "--checkpoint.model_weights_only"]
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/export").write_text("in the way")
+    done = run(train_command(*argv, "--checkpoint.on_save_error", "continue"))
+    assert done.returncode == 1
+    assert "error: the weights of the last step, 2, are not exported" in done.stdout
+    assert folders.complete_steps(tmp_path / "checkpoint") == [2]
+    assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "broken"
 
 
 @pytest.mark.fault("lost write", "file cut behind DCP's back", 1, "not committed")

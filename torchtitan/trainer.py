@@ -285,13 +285,15 @@ class Trainer:
         """Exports the weights if asked to, waits for the last save, and states how the run ended, and where it is.
 
         Raises:
-            SaveError: where the last step is not saved.
+            SaveError: where the last step is not saved, or its weights are not exported.
         """
         steps, checkpoint = self.config.training.steps, self.config.checkpoint
         self.watchdog.allow(self.config.comm.save_timeout_seconds)
         self.checkpointer.wait()
         if self.step >= steps and checkpoint.model_weights_only:
             self.checkpointer.export(self.step, self.data_state())
+            if not self.checkpointer.is_exported(self.step):
+                raise SaveError(f"the weights of the last step, {self.step}, are not exported")
         if checkpoint.enable_checkpoint and not self.checkpointer.is_saved(self.step):
             raise SaveError(f"the last step, {self.step}, is not saved")
         self.watchdog.close()

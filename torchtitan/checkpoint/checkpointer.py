@@ -207,7 +207,7 @@ class Checkpointer:
         dtype = getattr(torch, self.config.export_dtype)
         weights: Tensors = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
         record = {"kind": "weights", "step": step, "data": data, **self.description}
-        self._write(weights, folders.step_folder(self.root / "export", step), record, in_background=False)
+        self._write(weights, self._export_folder(step), record, in_background=False)
 
     def _write(self, state: Tensors, folder: Path, record: Record, in_background: bool) -> None:
         self.wait()
@@ -283,3 +283,10 @@ class Checkpointer:
     def is_saved(self, step: int) -> bool:
         """Whether the step is there; a save in the background has to be awaited first."""
         return from_rank_zero(lambda: folders.step_folder(self.root, step).is_dir(), self.group)
+
+    def is_exported(self, step: int) -> bool:
+        """Whether the step's weights are there alone."""
+        return from_rank_zero(lambda: self._export_folder(step).is_dir(), self.group)
+
+    def _export_folder(self, step: int) -> Path:
+        return folders.step_folder(self.root / "export", step)
