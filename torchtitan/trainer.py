@@ -176,6 +176,7 @@ class Trainer:
                 if self.step % training.gc_freq == 0:
                     gc.collect()
                 if saving:
+                    writer.sync()
                     self.save()
                     self.stopwatch.restart()
                 self.watchdog.allow(config.comm.train_timeout_seconds)
