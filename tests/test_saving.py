@@ -18,6 +18,7 @@ from torchtitan.checkpoint import folders, writer
 from torchtitan.checkpoint.checkpointer import Checkpointer, SaveError
 from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.verify import main
+from torchtitan.data.loader import Batch
 from torchtitan.distributed.world import World, init_world
 from torchtitan.owner import MARK, FolderInUseError, Owner
 
@@ -122,12 +123,12 @@ def fail_behind_training(folder: str, policy: str) -> None:
     def broken(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
-    def until_it_has_failed(*arguments: Any) -> Any:
+    def until_it_has_failed(batches: Iterator[Batch]) -> Any:
         if training.step == 4:
             assert training.checkpointer.pending is not None
             assert training.checkpointer.pending.saving.exception(60)
         writer.os.fsync = broken if world.rank == 1 and training.step < 4 else sync
-        return step(*arguments)
+        return step(batches)
 
     training.train_step = until_it_has_failed
     if policy == "stop":
