@@ -43,7 +43,7 @@ def main(config: JobConfig) -> None:
     try:
         trainer.train()
     except (FloatingPointError, MemoryError, SaveError) as error:  # a ValueError here would be a bug
-        trainer.end("broken")
+        trainer.give_up()
         fail(error)
     except FolderInUseError as error:
         fail(error)

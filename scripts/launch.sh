@@ -100,8 +100,9 @@ if [ "$outcome" = finished ]; then
 elif [ -z "${SLURM_JOB_ID:-}" ]; then
     if [ "$outcome" = go_on ]; then status=0; fi
     exit "$status"
-elif [ "$step" -le "$step_before" ]; then
-    # A run that cannot get from one checkpoint to the next would be started again for ever.
+elif [ "$step" -eq "$step_before" ]; then
+    # A run that cannot get from one checkpoint to the next would be started again for ever. One that went back to an
+    # older step (load_step, fall_back) may have gained some and be at a smaller one; newer ones are then set aside.
     echo "launch.sh: no step was gained since step $step_before; the run is not started again" >&2
     end_chain
     exit 1

@@ -102,6 +102,7 @@ def test_every_flipped_bit_of_the_data_is_noticed(tmp_path: Path) -> None:
         content[position] ^= 16
 
 
+@pytest.mark.fault("planted pickle", "in a .pth", 1, "refused, did not run")
 def test_a_planted_payload_does_not_run(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3), "b": Payload(tmp_path / "it ran")}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"it names posix\.mkdir, .*nothing of it was run"):

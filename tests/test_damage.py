@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoints import read_checkpoint, resume, saved
 from tests.models import small_model
 from torchtitan.checkpoint import folders, manifest
 from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.manifest import DamagedCheckpointError, OtherFormatError, read_manifest
+from torchtitan.checkpoint.reader import SafeReader
 from torchtitan.checkpoint.verify import checkpoints_in, damage_of
 from torchtitan.distributed.world import World
 
@@ -137,6 +139,19 @@ def test_flips_of_weights_are_detected_while_they_are_loaded(world: World, steps
             checkpointer.load(found, optimizer)
         flip(shard, bit)
     assert resumed_step(world, steps) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of 2 GiB"), RuntimeError("[enforce] can't allocate memory")])
+def test_what_is_not_the_checkpoints_fault_does_not_set_it_aside(
+    world: World, steps: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(SafeReader, "read_data", fail)
+    with pytest.raises(ValueError, match="step-2 cannot be read"):
+        resumed_step(world, steps, "--checkpoint.fall_back")
+    assert sorted(path.name for path in steps.iterdir()) == ["step-1", "step-2"]
 
 
 def test_sizes_alone_do_not_see_a_changed_weight(world: World, steps: Path) -> None:

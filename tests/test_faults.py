@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -75,6 +76,7 @@ def killed_and_resumed(folder: Path, uninterrupted: Path, kinds: list[str], dice
             kill_at_random(folder, processes, kind, dice)
         statuses = [process.wait(timeout=180) for process in processes]
         assert all(statuses), f"kill {n}, {kind} {fault}, did not strike: {statuses}"
+        assert -signal.SIGKILL in statuses, f"kill {n}, {kind} {fault}: it broke by something else: {statuses}"
         deadline = time.monotonic() + 30
         while running(folder):
             assert time.monotonic() < deadline, "processes outlive the run"

@@ -1,7 +1,10 @@
 """Updates that are not made: what is not finite, on whichever rank, and spikes."""
 
+import json
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from tests.checkpoints import whole
 from tests.models import small_model, train_a_little
 from tests.processes import run_ranks
+from torchtitan.checkpoint import folders
 from torchtitan.checkpoint.state import model_tensors, optimizer_tensors
 from torchtitan.config.schema import Training
 from torchtitan.distributed.world import World, init_world
@@ -141,3 +145,37 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(tmp_path: Path) -> None:
     assert [line["skipped_updates"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert lines[2]["loss"] is None
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def run_into_nan(folder: str) -> None:
+    """A run whose losses are NaN from step 4 on, and which saves every second step in the background, slowly."""
+    from torchtitan import trainer
+    from torchtitan.config import load_config
+
+    argv = ["--training.dataset", "synthetic", "--training.seq_len", "32", "--training.steps", "20"]
+    argv += ["--training.num_workers", "0", "--training.max_bad_steps", "4", "--job.dump_folder", folder]
+    argv += ["--checkpoint.interval", "2", "--checkpoint.async_mode", "async", "--metrics.log_freq", "100"]
+    argv += ["--model.n_layers", "1"]
+    run = trainer.Trainer(load_config([*argv, "--training.mixed_precision_param", "float32"]), init_world(60))
+    losses, commit = trainer.token_losses, folders.commit
+
+    def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return losses(logits, labels) * (math.nan if run.step >= 4 else 1.0)
+
+    def slow_commit(*arguments: Any) -> None:
+        time.sleep(1)
+        commit(*arguments)
+
+    trainer.token_losses, folders.commit = poisoned, slow_commit
+    with pytest.raises(FloatingPointError, match="4 updates in a row were skipped, up to step 7"):
+        run.train()
+    run.give_up()
+    assert folders.complete_steps(run.checkpointer.root) == [2, 4, 6]
+    dist.destroy_process_group()
+
+
+def test_a_run_that_is_started_again_does_not_count_from_anew(tmp_path: Path) -> None:
+    """Else a chain of jobs would go through all data, gaining steps and making no update; and no save is lost."""
+    for _ in range(2):
+        run_ranks(run_into_nan, 1, str(tmp_path))
+        assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "broken"

@@ -144,6 +144,21 @@ def test_two_agents_of_which_one_is_killed(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, before + 6))
 
 
+def test_a_run_that_went_back_to_an_older_step_goes_on(tmp_path: Path) -> None:
+    """Stopped before it is where it was: a gain all the same, which is requeued; without one it is not."""
+    script = str(ROOT / "train_primate_8B_131k.sh")
+    run_script(script, tmp_path, "--training.steps", "3", "--checkpoint.interval", "1")
+    (tmp_path / "bin").mkdir()
+    steps = tmp_path / "out/checkpoint"
+    went_back = f"mv {steps}/step-3 {steps}/step-3.superseded-1\nexit 1\n"
+    for name, content in (("srun", f"#!/bin/sh\n{went_back}"), ("scontrol", SCONTROL_OF_TWO), ("squeue", "exit 1\n")):
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "123", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "one"}
+    assert "requeued 123" in popen_script(script, tmp_path, **job).communicate(timeout=60)[0]
+    assert "no step was gained since step 2" in popen_script(script, tmp_path, **job).communicate(timeout=60)[0]
+
+
 def test_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck here")

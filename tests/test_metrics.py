@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_interrupts import handlers_restored
 from torchtitan.config.schema import Metrics
+from torchtitan.distributed.world import World
 from torchtitan.metrics import MetricsWriter, StepMetrics, read_metrics
 
 
@@ -69,6 +71,25 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, warnings_logged: pytes
     writer.close()
     said = [record.message for record in warnings_logged.records if record.levelname == "WARNING"]
     assert said == ["metrics.jsonl cannot be written (No space left on device); the run goes on"]
+
+
+def test_what_was_reported_is_on_disk_before_the_step_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    """A machine that goes down takes with it what was only written, and a checkpoint is synced."""
+    from torchtitan.checkpoint import folders
+    from torchtitan.config import load_config
+    from torchtitan.trainer import Trainer
+
+    order: list[str] = []
+    sync, commit = MetricsWriter.sync, folders.commit
+    monkeypatch.setattr(MetricsWriter, "sync", lambda writer: order.append("sync") or sync(writer))
+    monkeypatch.setattr(folders, "commit", lambda *arguments: order.append("commit") or commit(*arguments))
+    argv = ["--training.dataset", "synthetic", "--training.seq_len", "32", "--training.steps", "1"]
+    argv += ["--model.n_layers", "1", "--training.num_workers", "0", "--metrics.enable_tensorboard", "false"]
+    with handlers_restored():
+        Trainer(load_config([*argv, "--job.dump_folder", str(tmp_path)]), world).train()
+    assert order == ["sync", "commit"]
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:

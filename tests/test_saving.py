@@ -1,9 +1,11 @@
 """Saves that fail: seen on all ranks, without a half step, by the configured policy."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ import torch.distributed as dist
 
 from tests.checkpoints import DATA
 from tests.models import small_model, train_a_little
-from tests.processes import run_ranks
+from tests.processes import run, run_ranks, train_command
 from torchtitan.checkpoint import folders, writer
 from torchtitan.checkpoint.checkpointer import Checkpointer, SaveError
 from torchtitan.checkpoint.staging import KeptStager
 from torchtitan.checkpoint.verify import main
+from torchtitan.data.loader import Batch
 from torchtitan.distributed.world import World, init_world
+from torchtitan.owner import MARK, FolderInUseError, Owner
 
 MODES = ["disabled", "async"]
 
@@ -104,6 +108,63 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, mode: str) -> Non
     assert folders.complete_steps(tmp_path / "checkpoint") == [1]
 
 
+def fail_behind_training(folder: str, policy: str) -> None:
+    """On each rank: a run whose save of step 3, in the background, fails on rank 1 while all are at step 4."""
+    from torchtitan.config import load_config
+    from torchtitan.trainer import Trainer
+
+    world = init_world(60)
+    argv = ["--training.dataset", "synthetic", "--training.seq_len", "32", "--training.steps", "7"]
+    argv += ["--training.num_workers", "0", "--model.n_layers", "1", "--job.dump_folder", folder]
+    argv += ["--checkpoint.interval", "3", "--checkpoint.async_mode", "async", "--checkpoint.on_save_error", policy]
+    training = Trainer(load_config([*argv, "--training.mixed_precision_param", "float32"]), world)
+    step, sync = training.train_step, os.fsync
+
+    def broken(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    def until_it_has_failed(batches: Iterator[Batch]) -> Any:
+        if training.step == 4:
+            assert training.checkpointer.pending is not None
+            assert training.checkpointer.pending.saving.exception(60)
+        writer.os.fsync = broken if world.rank == 1 and training.step < 4 else sync
+        return step(batches)
+
+    training.train_step = until_it_has_failed
+    if policy == "stop":
+        with pytest.raises(SaveError, match=r"step-3 could not be written: rank 1: OSError: .*Input/output error"):
+            training.train()
+        assert training.step == 4
+        training.give_up()
+    else:
+        training.train()
+    dist.destroy_process_group()
+
+
+@pytest.mark.fault("write error", "EIO on one of two ranks, beside a training", 1, "by policy, at the next step")
+@pytest.mark.parametrize(("policy", "steps", "outcome"), [("stop", [], "broken"), ("continue", [6, 7], "finished")])
+def test_a_training_sees_the_error_at_its_next_step(
+    tmp_path: Path, policy: str, steps: list[int], outcome: str
+) -> None:
+    run_ranks(fail_behind_training, 2, str(tmp_path), policy)
+    assert folders.complete_steps(tmp_path / "checkpoint") == steps
+    assert len(list((tmp_path / "checkpoint").iterdir())) == len(steps)
+    assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == outcome
+
+
+def test_a_run_whose_export_fails_has_not_finished(tmp_path: Path) -> None:
+    """Also where the policy is to train on: nothing comes after it."""
+    argv = ["--training.dataset", "synthetic", "--training.seq_len", "32", "--training.steps", "2"]
+    argv += ["--model.n_layers", "1", "--job.dump_folder", str(tmp_path), "--checkpoint.model_weights_only"]
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/export").write_text("in the way")
+    done = run(train_command(*argv, "--checkpoint.on_save_error", "continue"))
+    assert done.returncode == 1
+    assert "error: the weights of the last step, 2, are not exported" in done.stdout
+    assert folders.complete_steps(tmp_path / "checkpoint") == [2]
+    assert json.loads((tmp_path / "outcome.json").read_text())["outcome"] == "broken"
+
+
 @pytest.mark.fault("lost write", "file cut behind DCP's back", 1, "not committed")
 def test_a_file_that_is_shorter_on_disk_is_not_committed(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +180,30 @@ def test_a_file_that_is_shorter_on_disk_is_not_committed(
     with pytest.raises(SaveError, match=r"__0_0\.distcp has [\d,]+ bytes on disk, and [\d,]+ were written"):
         Checkpointer(config, model).save(1, DATA, optimizer)
     assert not list((tmp_path / "checkpoint").iterdir())
+
+
+@pytest.mark.fault("two writers", "taken over while it writes a step", 1, "commits and removes nothing")
+@pytest.mark.parametrize("mode", MODES)
+def test_who_was_thought_dead_changes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The new owner may be writing to a temporary folder of the same name."""
+    argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.async_mode", mode, "--checkpoint.keep_latest_k", "1")
+    config, model, optimizer = small_model(world, *argv, "--checkpoint.on_save_error", "continue")
+    train_a_little(model, optimizer)
+    owner = Owner(tmp_path)
+    checkpointer = Checkpointer(config, model, owner.check)
+    save(checkpointer, 1, optimizer)
+    mark = json.loads((tmp_path / MARK).read_text())
+
+    def taken_over(descriptor: int) -> None:
+        (tmp_path / MARK).write_text(json.dumps({**mark, "token": "x", "host": "node7"}))
+
+    monkeypatch.setattr(writer.os, "fsync", taken_over)
+    with pytest.raises(FolderInUseError, match=r"has been taken over: process .* on node7"):
+        save(checkpointer, 2, optimizer)
+    assert sorted(path.name for path in checkpointer.root.iterdir()) == ["step-1", "step-2.tmp"]
+    owner.release()
 
 
 def test_saves_in_the_background_are_copied_to_the_same_memory() -> None:

@@ -35,17 +35,17 @@ class Health:
 
     Attributes:
         skipped: updates skipped since the start of this process, of the steps that the host knows of.
-        in_a_row: those of them after which no update was made.
+        in_a_row: updates skipped since the last one that was made, also by the process that saved the checkpoint.
     """
 
-    def __init__(self, config: Training, device: torch.device, recent: list[float]) -> None:
-        """`recent` are the gradient norms that a checkpoint has kept."""
+    def __init__(self, config: Training, device: torch.device, recent: list[float], in_a_row: int = 0) -> None:
+        """`recent`, the gradient norms, and `in_a_row` are those that a checkpoint has kept."""
         self.config = config
         self.recent = torch.full((WINDOW,), math.nan, device=device)
         if recent:
             self.recent[-len(recent) :] = torch.tensor(recent, device=device)
         self.under_way: deque[Verdict] = deque()
-        self.skipped = self.in_a_row = 0
+        self.skipped, self.in_a_row = 0, in_a_row
 
     def judge(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, windows: Callable[[], list[int]]

@@ -127,6 +127,11 @@ class MetricsWriter:
                     if value is not None and name not in ("step", "time"):
                         self.tensorboard.add_scalar(name, value, metrics.step)
 
+    def sync(self) -> None:
+        """Makes sure that what was reported is on disk: a run that goes on from a later checkpoint never repeats it."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Writes out what is buffered."""
         if self.file is not None:

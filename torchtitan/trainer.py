@@ -36,7 +36,7 @@ from torchtitan.models.llama.attention import Documents
 from torchtitan.models.llama.model import token_losses
 from torchtitan.optimizer import build_optimizer, learning_rate, set_learning_rate, step_unless
 from torchtitan.outcome import State, clear_outcome, write_outcome
-from torchtitan.owner import Owner, make_writable
+from torchtitan.owner import FolderInUseError, Owner, make_writable
 from torchtitan.plan.choose import describe as describe_recompute
 from torchtitan.plan.resolve import resolve_recompute
 from torchtitan.profiling import profiling
@@ -86,7 +86,7 @@ class Trainer:
         # Whatever the run starts from is compared with the model before that takes memory.
         self.step = 0
         self.cursor = 0  # windows that all ranks have trained on: the whole state of the data
-        self.checkpointer = Checkpointer(config, self.model)
+        self.checkpointer = Checkpointer(config, self.model, self.check_owner)
         found = self.checkpointer.find() if config.checkpoint.enable_checkpoint else None
         source = find_weights(self.model, config.checkpoint) if config.checkpoint.init_from and not found else None
         if found is not None:
@@ -96,17 +96,17 @@ class Trainer:
 
         init_weights(self.model, world.device, training.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        recent_norms: list[float] = []
+        health: dict[str, Any] = {}
         if found is not None:
             loaded = self.checkpointer.load(found, self.optimizer)
             if loaded is not found:
                 self.go_on_from(loaded)
             log_changes(loaded.record, config, self.degrees)
-            recent_norms = loaded.record["data"].get("recent_norms", [])
+            health = loaded.record["data"]
         elif source is not None:
             load_weights(self.model, source)
         self.first_step = self.step + 1
-        self.health = Health(training, world.device, recent_norms)
+        self.health = Health(training, world.device, health.get("recent_norms", []), health.get("skipped_in_a_row", 0))
 
         self.clipped_counts = 0
         self.longest_step = 0.0
@@ -185,6 +185,7 @@ class Trainer:
                 if self.step % training.gc_freq == 0:
                     gc.collect()
                 if saving:
+                    writer.sync()
                     self.save()
                     self.stopwatch.restart()
                 self.watchdog.allow(config.comm.train_timeout_seconds)
@@ -203,8 +204,9 @@ class Trainer:
     def save(self) -> None:
         """Saves this step, if the folder is still this run's."""
         self.watchdog.allow(self.config.comm.save_timeout_seconds)
-        from_rank_zero(lambda: self.owner and self.owner.check())
-        data = {**self.data_state(), "recent_norms": self.health.norms()}
+        from_rank_zero(self.check_owner)
+        health = {"recent_norms": self.health.norms(), "skipped_in_a_row": self.health.in_a_row}
+        data = {**self.data_state(), **health}
         self.checkpointer.save(self.step, data, self.optimizer)
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,13 +295,15 @@ class Trainer:
         """Exports the weights if asked to, waits for the last save, and states how the run ended, and where it is.
 
         Raises:
-            SaveError: where the last step is not saved.
+            SaveError: where the last step is not saved, or its weights are not exported.
         """
         steps, checkpoint = self.config.training.steps, self.config.checkpoint
         self.watchdog.allow(self.config.comm.save_timeout_seconds)
         self.checkpointer.wait()
         if self.step >= steps and checkpoint.model_weights_only:
             self.checkpointer.export(self.step, self.data_state())
+            if not self.checkpointer.is_exported(self.step):
+                raise SaveError(f"the weights of the last step, {self.step}, are not exported")
         if checkpoint.enable_checkpoint and not self.checkpointer.is_saved(self.step):
             raise SaveError(f"the last step, {self.step}, is not saved")
         self.watchdog.close()
@@ -311,6 +315,15 @@ class Trainer:
             going_on = f"; the same command{without} goes on" if self.step < steps else ""
             logger.info(f"checkpoints in {self.checkpointer.root}{going_on}")
 
+    def give_up(self) -> None:
+        """After an error of all ranks: waits for the save in the background, whose step is a good one."""
+        self.watchdog.allow(self.config.comm.save_timeout_seconds)
+        try:
+            self.checkpointer.wait()
+        except (SaveError, FolderInUseError) as error:
+            logger.error(f"error: {error}")
+        self.end("broken")
+
     def end(self, state: State) -> None:
         """On rank 0: states the outcome and leaves the folder to others."""
         if self.owner is not None:
@@ -320,6 +333,11 @@ class Trainer:
                 logger.warning(f'{self.dump_folder}: "{state}" cannot be written as the outcome: {error.strerror}')
             self.owner.release()
             self.owner = None
+
+    def check_owner(self) -> None:
+        """On rank 0: raises FolderInUseError where another run has taken the folder over; elsewhere it does nothing."""
+        if self.owner is not None:
+            self.owner.check()
 
     def _take_dump_folder(self) -> None:
         make_writable(self.dump_folder)

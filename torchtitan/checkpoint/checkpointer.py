@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -63,8 +64,9 @@ class Checkpointer:
         save_seconds: the longest that a save of this process has taken until it was committed.
     """
 
-    def __init__(self, config: JobConfig, model: Transformer) -> None:
-        self.config = config.checkpoint
+    def __init__(self, config: JobConfig, model: Transformer, check_owner: Callable[[], None] = lambda: None) -> None:
+        """`check_owner` raises on rank 0 where the folder is another run's by now: then nothing is changed there."""
+        self.config, self.check_owner = config.checkpoint, check_owner
         self.root = Path(config.job.dump_folder) / config.checkpoint.folder
         self.model = model
         self.description: Record = {
@@ -205,7 +207,7 @@ class Checkpointer:
         dtype = getattr(torch, self.config.export_dtype)
         weights: Tensors = {name: tensor.to(dtype) for name, tensor in model_tensors(self.model).items()}
         record = {"kind": "weights", "step": step, "data": data, **self.description}
-        self._write(weights, folders.step_folder(self.root / "export", step), record, in_background=False)
+        self._write(weights, self._export_folder(step), record, in_background=False)
 
     def _write(self, state: Tensors, folder: Path, record: Record, in_background: bool) -> None:
         self.wait()
@@ -216,6 +218,7 @@ class Checkpointer:
 
         def commit(files: Files) -> None:
             """On rank 0, in the background too; what it raises all ranks raise."""
+            self.check_owner()  # it may have been thought dead while it wrote
             folders.commit(temporary, folder, {**record, "files": files})
             logger.info(f"checkpoint {folder} is complete")
             folders.keep_latest(self.root, self.config.keep_latest_k)
@@ -254,6 +257,7 @@ class Checkpointer:
 
         Raises:
             SaveError: where it has failed, on whichever rank, unless `checkpoint.on_save_error` is "continue".
+            FolderInUseError: where it has failed because the folder is another run's now.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -264,8 +268,11 @@ class Checkpointer:
             self._report_failure(pending.folder, error)
 
     def _report_failure(self, folder: Path, error: BaseException) -> None:
-        temporary = folder.with_name(folder.name + folders.TEMPORARY)
-        from_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True), self.group)
+        def clean_up() -> None:
+            self.check_owner()  # else the temporary folder of that name may be another run's
+            shutil.rmtree(folder.with_name(folder.name + folders.TEMPORARY), ignore_errors=True)
+
+        from_rank_zero(clean_up, self.group)
         causes = getattr(error, "failures", {0: (error, None)})  # DCP collects those of all ranks
         reasons = "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in causes.items())
         message = f"checkpoint {folder} could not be written: {reasons}"
@@ -276,3 +283,10 @@ class Checkpointer:
     def is_saved(self, step: int) -> bool:
         """Whether the step is there; a save in the background has to be awaited first."""
         return from_rank_zero(lambda: folders.step_folder(self.root, step).is_dir(), self.group)
+
+    def is_exported(self, step: int) -> bool:
+        """Whether the step's weights are there alone."""
+        return from_rank_zero(lambda: self._export_folder(step).is_dir(), self.group)
+
+    def _export_folder(self, step: int) -> Path:
+        return folders.step_folder(self.root / "export", step)

@@ -76,7 +76,10 @@ def load_tensors(
         if isinstance(cause, DamagedCheckpointError):
             raise DamagedCheckpointError(folder, cause.reason) from error
         reason = f"rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+        # What is not the checkpoint's fault must not have it set aside: `checkpoint.fall_back` would go through all.
+        elsewhere = (MemoryError, torch.OutOfMemoryError, dist.DistError)
+        unread = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        if unread or isinstance(cause, elsewhere) or "can't allocate memory" in str(cause):
             raise ValueError(f"{folder} cannot be read ({reason})") from error
         raise DamagedCheckpointError(folder, reason) from error
 
