@@ -16,6 +16,7 @@ from torchtitan.checkpoint.checkpointer import Checkpointer
 from torchtitan.checkpoint.manifest import DamagedCheckpointError, OtherFormatError, read_manifest
 from torchtitan.checkpoint.reader import SafeReader
 from torchtitan.checkpoint.verify import checkpoints_in, damage_of
+from torchtitan.checkpoint.verify import main as verify
 from torchtitan.distributed.world import World
 
 FILES = ("__0_0.distcp", ".metadata", "checkpoint.json")
@@ -84,6 +85,16 @@ def test_another_version_s_checkpoint_is_not_damaged(
 def test_what_was_generated_with_a_step_is_no_checkpoint(steps: Path) -> None:
     (steps.parent / "generation/step-2/pile-0").mkdir(parents=True)
     assert checkpoints_in(steps.parent) == [steps / "step-1", steps / "step-2"]
+
+
+def test_verification_is_good_only_where_all_are(steps: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    one, other, nothing = (str(path) for path in (steps / "step-1", steps, tmp_path / "nothing"))
+    assert verify([one, other]) == 0
+    assert verify([one, nothing]) == 2
+    for path in (steps / "step-2").iterdir():
+        path.unlink()
+    assert verify([one, other]) == verify([other, nothing]) == 1
 
 
 def places(steps: Path) -> Iterator[tuple[Path, int]]:
@@ -179,6 +190,15 @@ def test_without_an_undamaged_step_nothing_begins_anew(world: World, steps: Path
         (steps / f"step-{step}" / FILES[0]).unlink()
     with pytest.raises(ValueError, match=r"no step in .* is undamaged"):
         resumed_step(world, steps, "--checkpoint.fall_back")
+    for again in ((), ("--checkpoint.fall_back",)):
+        with pytest.raises(ValueError, match=r"undamaged: step-1\.damaged-1, step-2\.damaged-1 may still be mended"):
+            resumed_step(world, steps, *again)
+
+
+def test_a_step_that_is_asked_for_is_taken_whatever_became_of_newer_ones(world: World, steps: Path) -> None:
+    (steps / "step-2" / FILES[0]).unlink()
+    assert resumed_step(world, steps, "--checkpoint.load_step", "1") == 1
+    assert sorted(path.name for path in steps.iterdir()) == ["step-1", "step-2.superseded-1"]
 
 
 def test_a_damaged_load_step_is_refused(world: World, steps: Path) -> None:

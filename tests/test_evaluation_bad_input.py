@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_vocabulary_or_shape(world: World, recordings: s
         (("--model.n_layers", "1"), "n_layers is 2 there and 1 here"),
         (("--model.rope_scaling", "llama3.1"), "rope_scaling is none there and llama3.1 here"),
     ):
-        with pytest.raises(ValueError, match=rf"step-1 does not fit the configured model:\n  {difference}"):
+        with pytest.raises(ValueError, match=rf"step-1 does not fit the configured model; .*:\n  {difference}"):
             evaluate(*parse(on(recordings, tmp_path, *checkpoint, *argv), ""), world)
 
 

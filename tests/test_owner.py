@@ -83,7 +83,6 @@ def test_another_host_counts_as_dead_when_it_is_silent_for_too_long(tmp_path: Pa
     ("answer", "alive"),
     [
         ("echo RUNNING", True),
-        ("echo COMPLETING", True),
         ("echo PENDING", False),
         ("exit 0", False),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
@@ -101,6 +100,21 @@ def test_slurm_is_asked_for_the_job_of_another_host(
             Owner(tmp_path)
     else:
         Owner(tmp_path).release()
+
+
+def test_a_job_that_is_ending_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    asked = tmp_path / "asked"
+    fake_squeue(tmp_path / "bin", monkeypatch, f"[ -e {asked} ] || {{ touch {asked}; echo COMPLETING; }}")
+    monkeypatch.setattr(owner, "ASKED_EVERY", 0.01)
+    forge(tmp_path, job="77")
+    Owner(tmp_path).release()
+    fake_squeue(tmp_path / "bin", monkeypatch, "echo COMPLETING")
+    monkeypatch.setattr(owner, "STALE_AFTER", 0.5)
+    forge(tmp_path, job="77")
+    begun = time.monotonic()
+    Owner(tmp_path).release()
+    assert time.monotonic() - begun >= 0.5
 
 
 def test_a_requeued_job_takes_its_own_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

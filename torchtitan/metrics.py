@@ -130,7 +130,8 @@ class MetricsWriter:
     def sync(self) -> None:
         """Makes sure that what was reported is on disk: a run that goes on from a later checkpoint never repeats it."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            with self._going_on_without("metrics.jsonl"):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Writes out what is buffered."""

@@ -20,6 +20,8 @@ RENEWED_EVERY = 10.0
 STALE_AFTER = 120.0
 """Seconds without renewal after which the holder counts as dead. It renews from a thread of its own, also while a step
 or a save takes longer."""
+ASKED_EVERY = 5.0
+"""Seconds between questions to Slurm about a job that is ending."""
 SETTLE = 1.0
 """Seconds in which another process that takes over the same dead holder's folder has to show up."""
 
@@ -70,10 +72,13 @@ class Owner:
         temporary.write_text(json.dumps(self.mark) + "\n")
         try:
             os.link(temporary, self.path)  # fails where there is a mark
-            return
+            return None
         except FileExistsError:
             # Both ages by the file system's clock: those of two hosts may differ.
-            age = temporary.stat().st_mtime - self.path.stat().st_mtime
+            try:
+                age = temporary.stat().st_mtime - self.path.stat().st_mtime
+            except FileNotFoundError:  # the holder has just ended
+                return self._take()
             holder = _read(self.path)
             obstacle = None if holder is None and age > STALE_AFTER else self._alive(holder, age)
             if obstacle:
@@ -146,11 +151,23 @@ def _start_time(process: int) -> str | None:
 
 
 def _slurm_knows(job: str) -> bool:
-    """Whether the job is running or waiting to go on; True where Slurm does not answer."""
+    """Whether the job is running; True where Slurm does not answer.
+
+    The end of one whose processes Slurm is killing is waited for: the next job of its chain may start before that. It
+    counts as ended where that takes as long as a holder may be silent.
+    """
+    last_asked = time.monotonic() + STALE_AFTER
+    while (state := _slurm_state(job)) == "COMPLETING" and time.monotonic() < last_asked:
+        time.sleep(ASKED_EVERY)
+    return state not in ("", "PENDING", "REQUEUED", "COMPLETING")
+
+
+def _slurm_state(job: str) -> str | None:
+    """What Slurm says of the job: nothing where there is no such job; None where Slurm does not answer."""
     try:
         asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return True
+        return None
     if "Invalid job id" in asked.stderr:
-        return False
-    return asked.returncode != 0 or asked.stdout.strip() not in ("", "PENDING", "REQUEUED")
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else None

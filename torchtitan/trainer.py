@@ -91,7 +91,9 @@ class Trainer:
         source = find_weights(self.model, config.checkpoint) if config.checkpoint.init_from and not found else None
         if found is not None:
             self.go_on_from(found)
-        if config.checkpoint.enable_checkpoint:
+            if config.checkpoint.init_from:
+                logger.info("checkpoint.init_from is where this run began: it goes on from its own checkpoint")
+        if config.checkpoint.enable_checkpoint and self.step < training.steps:
             from_rank_zero(self.checkpointer.check_space)
 
         init_weights(self.model, world.device, training.seed)

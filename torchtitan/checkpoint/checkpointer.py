@@ -106,11 +106,11 @@ class Checkpointer:
         """
         from_rank_zero(lambda: folders.tidy(self.root), self.group)
         wanted = self.config.load_step
-        found = self._newest()
         # What was written under the same load_step is this run's own: the command is repeated, and the step that it
         # names may have been removed since.
-        own = found is not None and found.record["config"]["checkpoint"]["load_step"] == wanted
-        if wanted != -1 and not own:
+        if wanted == -1 or from_rank_zero(lambda: folders.written_with_load_step(self.root), self.group) == wanted:
+            found = self._newest()
+        else:
             steps = from_rank_zero(lambda: folders.named_steps(self.root), self.group)
             if wanted not in steps:
                 there = f"there are {', '.join(map(str, steps))}" if steps else "there is no checkpoint at all"
@@ -133,6 +133,12 @@ class Checkpointer:
                 damaged = error
         if damaged is not None:  # a run that was under way must not begin anew because of it
             raise ValueError(f"no step in {self.root} is undamaged; the oldest one: {damaged}") from damaged
+        aside = from_rank_zero(lambda: folders.damaged_steps(self.root), self.group)
+        if aside and not steps:  # nor where it is started once more
+            raise ValueError(
+                f"no step in {self.root} is undamaged: {', '.join(aside)} may still be mended; to begin anew, choose "
+                "another job.dump_folder, or remove them"
+            )
         return None
 
     def _read(self, step: int) -> Found:
@@ -277,7 +283,7 @@ class Checkpointer:
         reasons = "; ".join(f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in causes.items())
         message = f"checkpoint {folder} could not be written: {reasons}"
         if self.config.on_save_error == "stop":
-            raise SaveError(message) from error
+            raise SaveError(f"{message}; with that mended, the same command goes on from the step before") from error
         logger.error(f"{message}; training goes on (checkpoint.on_save_error)")
 
     def is_saved(self, step: int) -> bool:

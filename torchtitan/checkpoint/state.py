@@ -110,4 +110,5 @@ def mismatches(wanted: Tensors, stored: dict[str, TensorStorageMetadata | None],
 def raise_mismatches(folder: Path, lines: list[str]) -> None:
     """One error that lists them all, if there are any."""
     if lines:
-        raise ValueError("\n  ".join([f"{folder} does not fit the configured model:", *lines]))
+        head = f"{folder} does not fit the configured model; change [model], or take another checkpoint or dump folder:"
+        raise ValueError("\n  ".join([head, *lines]))
