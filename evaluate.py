@@ -4,12 +4,11 @@
 On several GPUs: `torchrun --nproc_per_node N evaluate.py …`; the results do not depend on N.
 """
 
-import os
 import sys
 import traceback
 
 from torchtitan.config import ConfigError, JobConfig
-from torchtitan.distributed.launcher import end_with_launcher, report
+from torchtitan.distributed.launcher import end, end_with_launcher, report
 from torchtitan.evaluation.arguments import Arguments, parse
 from torchtitan.logging import init_logger, logger
 
@@ -25,10 +24,8 @@ def main(arguments: Arguments, config: JobConfig) -> None:
     try:
         evaluate(arguments, config, init_world(config.comm.init_timeout_seconds))
     except ValueError as error:
-        # What a user can mend needs no trace, and to be said once.
-        report_once(str(error))
-        sys.stdout.flush()
-        os._exit(1)  # as in train.py
+        report_once(str(error))  # what a user can mend needs no trace, and to be said once
+        end(1)
     dist.destroy_process_group()
 
 
@@ -44,8 +41,8 @@ if __name__ == "__main__":
         main(arguments, config)
     except KeyboardInterrupt:
         logger.error("error: interrupted; the same command starts again")
-        os._exit(1)
+        end(1)
     except Exception:
-        # At once: an orderly exit would wait for the loader's processes, and for ranks that are gone.
         traceback.print_exc()
-        os._exit(1)
+        end(1)
+    end(0)

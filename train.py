@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from torchtitan.config import ConfigError, JobConfig, load_config
 from torchtitan.distributed.degrees import check_degrees
-from torchtitan.distributed.launcher import end_with_launcher, report
+from torchtitan.distributed.launcher import end, end_with_launcher, report
 from torchtitan.logging import init_logger
 from torchtitan.models.llama.shape import check_shape
 from torchtitan.plan.check import check_recompute
@@ -33,8 +33,7 @@ def main(config: JobConfig) -> None:
     def fail(error: Exception) -> NoReturn:
         """What a user can mend needs no trace, and to be said once."""
         report_once(str(error))
-        sys.stdout.flush()
-        os._exit(1)  # an orderly exit can meet threads of the process group that are still starting, and abort
+        end(1)
 
     try:
         trainer = Trainer(config, init_world(config.comm.init_timeout_seconds))
@@ -61,6 +60,6 @@ if __name__ == "__main__":
     try:
         main(config)
     except Exception:
-        # At once: an orderly exit would wait for the loader's processes, and for ranks that are gone.
         traceback.print_exc()
-        os._exit(1)
+        end(1)
+    end(0)
