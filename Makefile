@@ -1,7 +1,7 @@
 # make venv   sets up .venv from requirements.txt
 # make demo   trains a small model on made-up recordings: runs anywhere, three minutes on two cores
 # make test   all tests; WORKERS=8 runs as many files at a time, on a machine with cores and memory for it
-# make faults kills, damages and preempts runs for half an hour, and writes the table in docs/reliability.md
+# make faults kills, damages and preempts runs for a quarter of an hour, and writes the table in docs/reliability.md
 # make lint   ruff and pyright
 
 PYTHON ?= python3
