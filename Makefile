@@ -21,7 +21,7 @@ demo: venv
 	$(VENV)/bin/python scripts/demo.py
 
 test: venv
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 faults: venv
 	$(VENV)/bin/python -m pytest -m fault --all-faults

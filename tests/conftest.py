@@ -17,9 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytest_plugins = ["tests.reliability"]
 
-LONG = ("slurm", "interrupts", "train", "launch", "validation", "faults", "evaluation", "bad_input", "resharding")
-"""Files that take half a minute and more: they come first, so that those that run at a time end together."""
-
 # A machine that is busy with other things must not fail a property test for its slowness.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
@@ -36,12 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
         HF_HUB_OFFLINE="1",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests of the long files first, the longest ones foremost."""
-    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture

@@ -132,6 +132,16 @@ def test_the_same_command_with_load_step_goes_on_from_what_it_has_written(world:
     assert found.record["step"] == 5
 
 
+def test_load_step_beside_weights_of_another_program(world: World, tmp_path: Path) -> None:
+    """A converted checkpoint in the place of a step has no configuration that would say what it is."""
+    saved(world, tmp_path, steps=(1, 2))
+    rewritten(tmp_path / "checkpoint/step-2", lambda record: record.update(kind="weights", config={}))
+    config, model, optimizer = small_model(world, "--job.dump_folder", str(tmp_path), "--checkpoint.load_step", "1")
+    record = resume(config, model, optimizer)
+    assert record is not None
+    assert record["step"] == 1
+
+
 def test_load_step_without_any_checkpoint_is_no_fresh_start(world: World, tmp_path: Path) -> None:
     argv = ("--job.dump_folder", str(tmp_path), "--checkpoint.load_step", "3")
     config, model, _ = small_model(world, *argv)

@@ -1,4 +1,4 @@
-"""Command lines of flags, for programs that read no configuration. Imports no torch."""
+"""Command lines of flags. Imports no torch."""
 
 import argparse
 import difflib

@@ -87,6 +87,7 @@ class Owner:
                     "give this run a job.dump_folder of its own, or end the other one first"
                 ) from None
             logger.warning(f"taking over {self.path.parent}: {_describe(holder)}, which is no more")
+            os.utime(temporary)  # Slurm may have been asked for a while
             os.replace(temporary, self.path)
             time.sleep(SETTLE)
             self.check()

@@ -26,7 +26,7 @@ from torchtitan.distributed.interrupts import Interrupts, children_spared
 from torchtitan.distributed.open_data import open_split
 from torchtitan.distributed.parallelize import build_model, init_weights
 from torchtitan.distributed.watchdog import Watchdog
-from torchtitan.distributed.world import World, build_mesh, from_rank_zero, set_timeout
+from torchtitan.distributed.world import World, build_mesh, from_rank_zero, report_once, set_timeout
 from torchtitan.evaluation.validation import Validation
 from torchtitan.flops import FORMULA, peak_flops, training_flops
 from torchtitan.health import Health
@@ -323,7 +323,7 @@ class Trainer:
         try:
             self.checkpointer.wait()
         except (SaveError, FolderInUseError) as error:
-            logger.error(f"error: {error}")
+            report_once(str(error))
         self.end("broken")
 
     def end(self, state: State) -> None:

@@ -108,7 +108,7 @@ class Checkpointer:
         wanted = self.config.load_step
         # What was written under the same load_step is this run's own: the command is repeated, and the step that it
         # names may have been removed since.
-        if wanted == -1 or from_rank_zero(lambda: folders.written_with_load_step(self.root), self.group) == wanted:
+        if wanted == -1 or from_rank_zero(lambda: self._wrote_newest(load_step=wanted), self.group):
             found = self._newest()
         else:
             steps = from_rank_zero(lambda: folders.named_steps(self.root), self.group)
@@ -121,6 +121,14 @@ class Checkpointer:
         if found is not None:
             raise_mismatches(found.folder, self.model.shape.differences(found.record["model"]))
         return found
+
+    def _wrote_newest(self, load_step: int) -> bool:
+        """On one rank: whether a run with that `checkpoint.load_step` wrote the newest undamaged step."""
+        steps = folders.complete_steps(self.root)
+        if not steps:
+            return False
+        record = read_manifest(folders.step_folder(self.root, steps[-1]))
+        return record["kind"] == "training" and record["config"]["checkpoint"]["load_step"] == load_step
 
     def _newest(self) -> Found | None:
         steps = from_rank_zero(lambda: folders.named_steps(self.root), self.group)

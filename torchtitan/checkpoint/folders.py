@@ -44,14 +44,6 @@ def damaged_steps(root: Path) -> list[str]:
     return sorted(folder.name for folder in root.glob("step-*.damaged-*"))
 
 
-def written_with_load_step(root: Path) -> int | None:
-    """The `checkpoint.load_step` of the run that wrote the newest complete step; None where there is none."""
-    steps = complete_steps(root)
-    if not steps:
-        return None
-    return read_manifest(step_folder(root, steps[-1]))["config"]["checkpoint"]["load_step"]
-
-
 def is_complete(folder: Path) -> bool:
     """Whether the folder holds a checkpoint with a valid manifest, and files of the sizes that it lists."""
     try:

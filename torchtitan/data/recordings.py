@@ -143,8 +143,6 @@ class Found:
         """Those of a split that the setting `named` has given; raises ValueError as `open_recordings`."""
         if split not in self.splits:
             advice = "; scripts/hold_out.py parts recordings into train and test" if split == "test" else ""
-            if named == "validation.split":
-                advice += "; validation.enable = false trains without any"
             raise ValueError(f'{named} = "{split}": {self.origin} has only {", ".join(self.splits)}{advice}')
         _check_columns(self.splits[split], self.origin)
         return Recordings(self.splits[split], f"{self.origin}, split {split}")
@@ -187,7 +185,9 @@ def load_path(given: str, named: str) -> Found:
         else:
             raise ValueError("holds neither parquet files nor a save_to_disk dataset")
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{problem}: {_broken_parquet(path) or _reason(error)}") from error
+        # What the system refuses, it names itself; only for the rest are files worth reading once more.
+        refused = getattr(error.__cause__ or error, "errno", None) is not None
+        raise ValueError(f"{problem}: {(not refused and _broken_parquet(path)) or _reason(error)}") from error
     except IndexError as error:  # what load_from_disk makes of a split without rows
         raise ValueError(f"{problem}: a split of it has no rows") from error
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded

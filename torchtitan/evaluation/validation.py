@@ -24,7 +24,10 @@ class Validation:
         """
         self.config, self.world = config, world
         validation, training = config.validation, config.training
-        recordings, index = open_held_out(training, world, validation.split, "validation.split")
+        try:
+            recordings, index = open_held_out(training, world, validation.split, "validation.split")
+        except ValueError as error:
+            raise ValueError(f"{error}; validation.enable = false trains without it") from error
         self.over = Pass(
             recordings,
             index,
